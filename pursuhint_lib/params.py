@@ -1,0 +1,312 @@
+"""A study's parameter file, typed and checked.
+
+One YAML per study: a section `common` and one section per notebook, literals only. Each notebook has one flat model here;
+it lists its own keys and the common keys that it needs, and no others, so a changed key re-runs only the notebooks that use
+it. Two checks, both before anything is trained: `load_params` (types, limits, unknown keys; light, no torch) and
+`check_names` (networks, layers, metrics, strategies and methods exist, hints fit; needs torch).
+
+YAML traps handled here: PyYAML reads ``1e-3`` as a string (numbers are parsed from such strings) and ``yes`` as true
+(a boolean is refused where a number or a name is meant).
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from pursuhint_lib.storage import REPOSITORY
+
+PARAMS_FOLDER = REPOSITORY / "params"
+
+
+class ParameterError(ValueError):
+    """A parameter file that cannot be run. The text is one line: file, key, value, what is allowed."""
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+def _all_different(values: list) -> list:
+    repeated = [v for i, v in enumerate(values) if v in values[:i]]
+    if repeated:
+        raise ValueError(f"names {repeated[0]!r} twice; each may stand once")
+    return values
+
+
+_NUMBER = BeforeValidator(_no_boolean)
+Count = Annotated[int, _NUMBER, Field(ge=1)]
+CountOrNone = Annotated[int, _NUMBER, Field(ge=0)]
+Seed = Annotated[int, _NUMBER, Field(ge=0, lt=2**31)]
+Positive = Annotated[float, _NUMBER, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, _NUMBER, Field(ge=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Name], Field(min_length=1), BeforeValidator(lambda v: _all_different(v) if isinstance(v, list) else v)]
+
+
+class Study(BaseModel):
+    """What every notebook is told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = "smoke"  # also the folder below runs/ and reports/
+
+
+class Images(Study):
+    """Which images, and how they are split and disturbed."""
+
+    data: Literal["digits", "cifar10", "cifar100", "image_folder"] = "digits"
+    data_folder: str = ""  # empty: $PURSUHINT_DATA, else data/ in the repository
+    n_classes: CountOrNone = 0  # a seeded subset of the classes; 0 = all
+    image_size: CountOrNone = 0  # image_folder only: side in pixels
+    noise: Weight = 0.5  # standard deviation of Gaussian pixel noise on the [0, 1] scale
+    crop_padding: CountOrNone = 1  # training only: pad by so many pixels, crop at random
+    flip: bool = False  # training only: mirror half of the images
+    evaluation_repeats: Count = 1  # noise draws per validation and test image
+    validation_per_class: Count = 20  # taken from the training images
+    split_seed: Seed = 0  # draws the classes, the validation and the probe images
+
+
+class Hardware(Study):
+    """Where it runs."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    threads: Count = 2  # CPU threads; results are bit-identical only for an equal number
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"  # of the networks' arithmetic; losses are float32 always
+
+
+class Networks(Study):
+    """Who teaches, who learns."""
+
+    teacher: Name = "resnet20_w8"
+    student: Name = "resnet8_w4"
+
+
+class StudentTraining(Study):
+    """How every student is trained, aided or not."""
+
+    seeds: Annotated[list[Seed], Field(min_length=1), BeforeValidator(lambda v: _all_different(v) if isinstance(v, list) else v)] = [0, 1]
+    batch_size: Annotated[int, _NUMBER, Field(ge=2)] = 64
+    schedule: Literal["fast", "paper"] = "fast"  # fast: one cycle; paper: x0.1 at 62.5, 75 and 87.5 % of the epochs
+    epochs: Count = 2
+    learning_rate: Positive = 0.1
+    momentum: Annotated[float, _NUMBER, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Weight = 5e-4
+
+
+class TrainTeacher(StudentTraining, Networks, Hardware, Images):
+    """01: a teacher, and students without one."""
+
+    teacher_epochs: Count = 2
+    teacher_learning_rate: Positive = 0.1
+    teacher_seed: Seed = 0
+
+
+class ProfileLayers(Networks, Hardware, Images):
+    """02: how alike the teacher's layers are."""
+
+    layers: list[Name] = []  # candidate layers by module path; empty = derived from the network
+    before_activation: bool = False  # take block outputs before their last activation
+    probe_images: Annotated[int, _NUMBER, Field(ge=8)] = 200
+    similarity_metrics: Names = ["r2_cca", "linear_cka", "rbf_cka"]
+    resamples: CountOrNone = 4  # bootstrap resamples of the probe images
+
+
+class ClusterLayers(Networks):
+    """03: which layers to take hints from."""
+
+    n_hints: Count = 3
+    clustering: Name = "pursuhint"
+    cluster_metrics: Names = ["r2_cca", "linear_cka"]  # the first is the study's main one
+    strategies: Names = ["stage_ends", "uniform", "random", "clustered"]
+    random_draws: Count = 1  # how many random choices of hint points
+    selection_seed: Seed = 0
+
+
+class DistillStudents(StudentTraining, Networks, Hardware, Images):
+    """04: a student for every method, strategy and seed."""
+
+    methods: Names = ["at"]
+    ce_weight: Weight = 1.0
+    kd_weight: Weight = 1.0
+    temperature: Positive = 4.0
+    balance: Literal["gradient", "none"] = "gradient"
+    hint_share: Positive = 0.5  # balance "gradient": first gradient of all hints together, relative to that of the other terms
+    hint_weights: dict[str, Positive] = {}  # balance "none": weight per method; a method left out has its published weight
+
+
+class Evaluate(Networks, Hardware, Images):
+    """05: the test set, once."""
+
+    batch_size: Annotated[int, _NUMBER, Field(ge=2)] = 64
+    confidence: Annotated[float, _NUMBER, Field(gt=0.5, lt=1)] = 0.95
+
+
+STAGES: dict[str, type[Study]] = {
+    "01_train_teacher": TrainTeacher,
+    "02_profile_layers": ProfileLayers,
+    "03_cluster_layers": ClusterLayers,
+    "04_distill_students": DistillStudents,
+    "05_evaluate": Evaluate,
+}
+SECTIONS = {stage.split("_", 1)[1]: stage for stage in STAGES}  # "train_teacher" -> "01_train_teacher"
+
+
+def _own_keys(model: type[Study]) -> list[str]:
+    return list(model.__annotations__)
+
+
+def _common_keys() -> list[str]:
+    keys = dict.fromkeys(name for model in STAGES.values() for name in model.model_fields)
+    own = {name for model in STAGES.values() for name in _own_keys(model)}
+    # `batch_size` is a common key that notebook 05 declares by itself, because it trains nothing.
+    return [key for key in keys if key not in own or any(key in base.__annotations__ for base in (Images, Hardware, Networks, StudentTraining))]
+
+
+COMMON = _common_keys()
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest of `allowed`, or an empty text when none is close."""
+    close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.55)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def study_file(study: str) -> Path:
+    """The parameter file of a study, by its name in ``params/``. Raises ParameterError listing the studies there are."""
+    path = PARAMS_FOLDER / f"{study}.yaml"
+    if not path.exists():
+        there = sorted(p.stem for p in PARAMS_FOLDER.glob("*.yaml"))
+        raise ParameterError(f"no study {study!r}: params/ holds {', '.join(there)}{nearest(study, there)}")
+    return path
+
+
+def load_params(path: Path) -> dict[str, Study]:
+    """Read and check a study's YAML. Returns stage name -> its parameters, in the order of the notebooks.
+
+    Raises ParameterError, one line that names file, key, value and what is allowed.
+    """
+    path = Path(path)
+    file = f"{path.parent.name}/{path.name}"
+    sections = _read_sections(path, file)
+    common = sections.get("common", {})
+    common.setdefault("study", path.stem)
+    if common["study"] != path.stem:
+        raise ParameterError(f"{file}: common.study = {common['study']!r}: should be the file's own name, {path.stem!r}, or be left out")
+    result = {}
+    for section, stage in SECTIONS.items():
+        model = STAGES[stage]
+        values = {key: value for key, value in common.items() if key in model.model_fields} | sections.get(section, {})
+        try:
+            result[stage] = model.model_validate(values)
+        except ValidationError as error:
+            raise ParameterError(_one_line(error, file, section, common)) from None
+    return result
+
+
+def _read_sections(path: Path, file: str) -> dict[str, dict[str, Any]]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParameterError(f"{file}: no such parameter file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        place = getattr(error, "problem_mark", None)
+        where = f" at line {place.line + 1}" if place else ""
+        raise ParameterError(f"{file}: is not valid YAML{where} ({getattr(error, 'problem', None) or 'cannot be read'})") from None
+    if not isinstance(content, dict):
+        raise ParameterError(f"{file}: should hold the sections common, {', '.join(SECTIONS)}; it holds {type(content).__name__}")
+    for section, values in content.items():
+        if section != "common" and section not in SECTIONS:
+            allowed = ["common", *SECTIONS]
+            raise ParameterError(f"{file}: unknown section {section!r}{nearest(section, allowed)} (allowed: {', '.join(allowed)})")
+        if values is None:
+            content[section] = values = {}
+        if not isinstance(values, dict):
+            raise ParameterError(f"{file}: section {section} = {values!r}: should hold keys and values")
+        allowed = COMMON if section == "common" else [k for k in _own_keys(STAGES[SECTIONS[section]]) if k not in COMMON]
+        for key, value in values.items():
+            if key not in allowed:
+                raise ParameterError(_unknown_key(file, section, str(key), value, allowed))
+    return content
+
+
+def _unknown_key(file: str, section: str, key: str, value: Any, allowed: list[str]) -> str:
+    elsewhere = [name for name, stage in SECTIONS.items() if key in _own_keys(STAGES[stage]) and key not in COMMON]
+    elsewhere += ["common"] if key in COMMON else []
+    hint = f"; it belongs in section {elsewhere[0]}" if elsewhere else nearest(key, allowed)
+    return f"{file}: {section}.{key} = {value!r}: unknown key{hint} (allowed: {', '.join(allowed)})"
+
+
+def _one_line(error: ValidationError, file: str, section: str, common: Mapping[str, Any]) -> str:
+    first, more = error.errors()[0], error.error_count() - 1
+    key = ".".join(str(part) for part in first["loc"])
+    place = "common" if first["loc"] and first["loc"][0] in common else section
+    reason = re.sub(r"^(Value error, |Input )", "", first["msg"])
+    return f"{file}: {place}.{key} = {first['input']!r}: {reason}" + (f" (and {more} more)" if more else "")
+
+
+def from_variables(model: type[Study], variables: Mapping[str, Any]) -> Any:
+    """The parameters of a notebook, read again from its own variables (pass ``globals()``) and checked.
+
+    papermill does not check types, and a reader in JupyterLab may have typed anything into the cell.
+    Raises ParameterError naming key, value and what is allowed.
+    """
+    missing = [name for name in model.model_fields if name not in variables]
+    if missing:
+        raise ParameterError(f"the parameters cell does not set {', '.join(missing)}")
+    try:
+        return model.model_validate({name: variables[name] for name in model.model_fields})
+    except ValidationError as error:
+        raise ParameterError(_one_line(error, "the parameters cell", model.__name__, {})) from None
+
+
+def check_names(params: Mapping[str, Study], file: str) -> None:
+    """Check what only the library can know: networks, layers, metrics, strategies and methods exist, and the hints fit.
+
+    Raises ParameterError, one line that names `file`, key, value and what is allowed.
+    """
+    import torch  # here, so that a run with nothing to do stays light
+
+    from pursuhint_lib.hints import CLUSTERINGS, STRATEGIES
+    from pursuhint_lib.methods import METHODS
+    from pursuhint_lib.models import build_model, candidate_layers
+    from pursuhint_lib.similarity import METRICS
+
+    profile, cluster, distill = params["02_profile_layers"], params["03_cluster_layers"], params["04_distill_students"]
+
+    def known(section: str, key: str, names: Iterable[str], allowed: Iterable[str]) -> None:
+        allowed = list(allowed)
+        for name in names:
+            if name not in allowed:
+                raise ParameterError(f"{file}: {section}.{key} = {name!r}: unknown{nearest(name, allowed)} (allowed: {', '.join(allowed)})")
+
+    known("profile_layers", "similarity_metrics", profile.similarity_metrics, METRICS)
+    known("cluster_layers", "cluster_metrics", cluster.cluster_metrics, profile.similarity_metrics)
+    known("cluster_layers", "clustering", [cluster.clustering], CLUSTERINGS)
+    known("cluster_layers", "strategies", cluster.strategies, [name for name in STRATEGIES if name != "none"])
+    known("distill_students", "methods", distill.methods, METHODS)
+    known("distill_students", "hint_weights", distill.hint_weights, distill.methods)
+
+    networks = {}
+    for role in ("teacher", "student"):
+        name = getattr(profile, role)
+        try:
+            with torch.device("meta"):  # shapes without memory or time
+                networks[role] = build_model(name, 2)
+        except ValueError as error:
+            raise ParameterError(f"{file}: common.{role} = {name!r}: {error}") from None
+    modules = dict(networks["teacher"].named_modules())
+    known("profile_layers", "layers", profile.layers, modules)
+    candidates = profile.layers or candidate_layers(networks["teacher"], before_activation=profile.before_activation)
+    for role, layers in (("teacher", candidates), ("student", candidate_layers(networks["student"]))):
+        if cluster.n_hints > len(layers):
+            raise ParameterError(
+                f"{file}: cluster_layers.n_hints = {cluster.n_hints}: more hints than the {role} {getattr(profile, role)} "
+                f"has candidate layers ({len(layers)}); allowed: 1 to {len(layers)}"
+            )

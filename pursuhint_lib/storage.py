@@ -1,0 +1,98 @@
+"""Where files live, and how they are written whole.
+
+A file of a study is first written beside its final name and then renamed, so a reader (or a resumed run) finds either
+the whole file or none. Folders hang below one home: the repository, or ``$PURSUHINT_HOME`` when that is set.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def home() -> Path:
+    """The folder that holds runs/, reports/, data/ and mlflow.db: ``$PURSUHINT_HOME``, else the repository."""
+    return Path(os.environ.get("PURSUHINT_HOME") or REPOSITORY).resolve()
+
+
+def run_folder(study: str, stage: str = "") -> Path:
+    """``runs/<study>/<stage>``: what a study computes. Made when missing."""
+    return _made(home() / "runs" / study / stage)
+
+
+def report_folder(study: str, part: str = "") -> Path:
+    """``reports/<study>/<part>``: what a study shows (report, tables, figures, executed notebooks). Made when missing."""
+    return _made(home() / "reports" / study / part)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; on success flush it to disk and rename it to `path`, on an error remove it.
+
+    The temporary name keeps the suffix of `path`, for writers that choose a format by it. Raises what the block
+    raises; a full disk (OSError 28) leaves an older `path` untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_table(table: pd.DataFrame, path: Path, *, index: bool = False) -> Path:
+    """Write a table as CSV, whole or not at all. Floats keep every digit (shortest text that reads back the same)."""
+    with written_whole(path) as temporary:
+        table.to_csv(temporary, index=index)
+    return Path(path)
+
+
+def read_table(path: Path, *, index: bool = False) -> pd.DataFrame:
+    """Read a table that `save_table` wrote; `index` when its first column holds the row labels.
+
+    Raises FileNotFoundError with one line that names the notebook to run first when the file is not there.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: run notebook {path.parent.name} of this study first")
+    return pd.read_csv(path, index_col=0 if index else None, float_precision="round_trip", keep_default_na=True)
+
+
+def save_json(value: Any, path: Path) -> Path:
+    """Write a JSON file, whole or not at all, keys in the order given."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return Path(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises FileNotFoundError naming the notebook to run first, ValueError when it is damaged."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: run notebook {path.parent.name} of this study first")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error.msg}, line {error.lineno}): delete it and run again") from None
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,252 @@
+"""One training loop, one schedule, checkpoints.
+
+`fit` trains any number of learners in lockstep: each batch is drawn once and seen once by the teacher, then every learner
+takes its step. Learners do not influence each other: the same learner gives the same bytes alone or in company, in one go
+or interrupted and resumed (same CPU, same number of threads).
+"""
+
+import hashlib
+import io
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from pursuhint_lib.data import Batches
+from pursuhint_lib.features import FrozenTeacher
+from pursuhint_lib.learners import Supervised
+from pursuhint_lib.storage import written_whole
+
+Learner = nn.Module  # with .model, .teacher_layers, .needs_teacher and .losses(batch, observation); see `learners`
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to learn. SGD with momentum; the last epoch counts.
+
+    name: "fast" is one cycle (linear warm-up over the first quarter to `learning_rate`, then a half cosine to zero, set at
+    every step); "paper" multiplies by 0.1 at 62.5, 75 and 87.5 % of the epochs (150, 180, 210 of 240).
+    """
+
+    name: str
+    epochs: int
+    learning_rate: float
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def learning_rate_at(self, progress: float) -> float:
+        """Learning rate when the fraction `progress` in [0, 1) of the training is done."""
+        if self.name == "paper":
+            return self.learning_rate * 0.1 ** sum(progress >= drop for drop in (0.625, 0.75, 0.875))
+        warm_up = 0.25
+        if progress < warm_up:
+            return self.learning_rate * (0.04 + 0.96 * progress / warm_up)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
+
+
+def resolve_device(name: str) -> torch.device:
+    """"auto" is the first GPU when there is one. Raises ValueError when a named device is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"device = {name!r}: this machine offers {torch.cuda.device_count()} GPUs (allowed here: auto, cpu)")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device = 'mps': not available on this machine (allowed here: auto, cpu)")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is bfloat16 where the hardware computes with it, else float32."""
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Context in which networks compute with `dtype`; does nothing for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches: Batches, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) float32 and labels (N,) of epoch 0 of `batches`, in eval mode, on the CPU. The mode is put back."""
+    was_training = model.training
+    model.eval()
+    logits, labels = [], []
+    for batch in batches.epoch(0):
+        with autocast(batch.images.device, dtype):
+            logits.append(model(batch.images).float())
+        labels.append(batch.labels)
+    model.train(was_training)
+    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+
+
+def fit(
+    learners: Mapping[str, Learner],
+    batches: Batches,
+    schedule: Schedule,
+    *,
+    teacher: FrozenTeacher | None = None,
+    validation: Batches | None = None,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[int, pd.DataFrame], None] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> pd.DataFrame:
+    """Train all learners on the same batches, the teacher looking at each batch once. Returns one row per learner and epoch.
+
+    Columns: arm, seed (of `batches`), epoch (from 1), learning_rate (of the epoch's first step), loss and every term (means
+    over the epoch's images), hint_share (the hints' part of the loss, when there are hints), val_accuracy, val_loss
+    (after the epoch), status ("trained" or "failed"), seconds (of the whole group), finished (UNIX time). All learners
+    end in eval mode.
+
+    checkpoint: a file that is rewritten after each epoch and taken up by the next call with the same learners; it is
+    removed by the caller, when the results are safe. on_epoch(epoch, rows) is called after each epoch.
+    A learner whose loss is not finite is stopped after that epoch, marked failed, and the others go on.
+    Dropout masks and the like depend on (seed, step) alone; the global random generator is put back at the end.
+
+    Raises ValueError for a damaged checkpoint or one of other learners.
+    """
+    device = batches.device
+    learners = {name: learner.to(device, memory_format=torch.channels_last) for name, learner in learners.items()}
+    optimizers = {name: _optimizer(learner, schedule) for name, learner in learners.items()}
+    state = {"epoch": 0, "rows": [], "failed": []}
+    if checkpoint is not None and Path(checkpoint).exists():
+        state = _load_checkpoint(Path(checkpoint), learners, optimizers)
+    random_state = torch.get_rng_state()
+    wanted = list(dict.fromkeys(layer for learner in learners.values() for layer in learner.teacher_layers))
+
+    for epoch in range(state["epoch"], schedule.epochs):
+        started = time.perf_counter()
+        active = {name: learner for name, learner in learners.items() if name not in state["failed"]}
+        for learner in active.values():
+            learner.train()
+        sums: dict[str, dict[str, Tensor]] = {name: {} for name in active}
+        seen = 0
+        for step, batch in enumerate(batches.epoch(epoch)):
+            rate = schedule.learning_rate_at((epoch + step / len(batches)) / schedule.epochs)
+            observation = None
+            if teacher is not None and any(learner.needs_teacher for learner in active.values()):
+                with autocast(device, dtype):
+                    observation = teacher.observe(batch.images, layers=wanted)
+            for name, learner in active.items():
+                torch.manual_seed(batches.seed * 1_000_003 + epoch * len(batches) + step)
+                with autocast(device, dtype):
+                    terms = learner.losses(batch, observation)
+                _step(optimizers[name], terms["loss"], rate)
+                _add(sums[name], terms, len(batch.labels))
+            seen += len(batch.labels)
+        rows = [_row(name, sums[name], seen, batches.seed, epoch, schedule, validation, active[name], dtype) for name in active]
+        seconds = time.perf_counter() - started
+        for row in rows:
+            row |= {"seconds": seconds, "finished": time.time()}
+            if row["status"] == "failed":
+                state["failed"].append(row["arm"])
+        state["rows"] += rows
+        state["epoch"] = epoch + 1
+        if checkpoint is not None:
+            _save_checkpoint(Path(checkpoint), state, learners, optimizers)
+        if on_epoch is not None:
+            on_epoch(epoch + 1, pd.DataFrame(rows))
+
+    torch.set_rng_state(random_state)
+    for learner in learners.values():
+        learner.eval()
+    return pd.DataFrame(state["rows"])
+
+
+def train_alone(
+    model: nn.Module,
+    name: str,
+    batches: Batches,
+    schedule: Schedule,
+    **options: Any,
+) -> pd.DataFrame:
+    """`fit` for one network that learns from labels alone; `options` are those of `fit`."""
+    return fit({name: Supervised(model)}, batches, schedule, **options)
+
+
+def _optimizer(learner: Learner, schedule: Schedule) -> torch.optim.SGD:
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+    return torch.optim.SGD(
+        parameters, lr=schedule.learning_rate, momentum=schedule.momentum, weight_decay=schedule.weight_decay, fused=True
+    )
+
+
+def _step(optimizer: torch.optim.SGD, loss: Tensor, rate: float) -> None:
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def _add(sums: dict[str, Tensor], terms: Mapping[str, Tensor], images: int) -> None:
+    for name, term in terms.items():
+        if name != "logits":
+            sums[name] = sums.get(name, 0) + term.detach().double() * images
+
+
+def _row(
+    name: str,
+    sums: Mapping[str, Tensor],
+    seen: int,
+    seed: int,
+    epoch: int,
+    schedule: Schedule,
+    validation: Batches | None,
+    learner: Learner,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    row = {"arm": name, "seed": seed, "epoch": epoch + 1, "learning_rate": schedule.learning_rate_at(epoch / schedule.epochs)}
+    means = {term: float(total) / seen for term, total in sums.items()}
+    part = means.pop("hint_part", None)
+    row |= means
+    if part is not None:
+        row["hint_share"] = part / means["loss"] if means["loss"] else 0.0
+    row["status"] = "trained" if math.isfinite(means["loss"]) else "failed"
+    if validation is not None:
+        logits, labels = predict(learner.model, validation, dtype)
+        row["val_accuracy"] = float((logits.argmax(1) == labels).double().mean())
+        row["val_loss"] = float(nn.functional.cross_entropy(logits.double(), labels))
+    return row
+
+
+def _save_checkpoint(path: Path, state: dict, learners: Mapping[str, Learner], optimizers: Mapping[str, Any]) -> None:
+    """State of everything, behind a sha256 of itself: half-written or changed bytes are noticed at loading."""
+    content = state | {
+        "learners": {name: learner.state_dict() for name, learner in learners.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    payload = buffer.getvalue()
+    with written_whole(path) as temporary:
+        temporary.write_bytes(hashlib.sha256(payload).digest() + payload)
+
+
+def _load_checkpoint(path: Path, learners: Mapping[str, Learner], optimizers: Mapping[str, Any]) -> dict:
+    content = path.read_bytes()
+    digest, payload = content[:32], content[32:]
+    if hashlib.sha256(payload).digest() != digest:
+        raise ValueError(f"{path}: damaged checkpoint (its sha256 differs); delete it to train this group from its start")
+    content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)  # weights_only: runs no code
+    if list(content["learners"]) != list(learners):
+        raise ValueError(
+            f"{path}: checkpoint of other arms ({', '.join(content['learners'])}); wanted {', '.join(learners)}; "
+            "delete it to train this group from its start"
+        )
+    for name, learner in learners.items():
+        learner.load_state_dict(content["learners"][name])
+        optimizers[name].load_state_dict(content["optimizers"][name])
+    return {key: content[key] for key in ("epoch", "rows", "failed")}
+
+
