@@ -1,0 +1,74 @@
+# PURSUhInT: `make` explains the targets. Each one sets up .venv by itself when it has to.
+
+STUDY = digits
+FORCE =
+DATA =
+ARGS =
+NOTEBOOKS = notebooks/*.ipynb
+# Candidates, the version of the studies of record first; each is tried before it is used.
+PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3 python
+
+# No environment of another project leaks in, and nothing phones home.
+unexport PYTHONPATH PYTHONHOME
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+
+# Notebooks run in their own folder, so a relative DATA counts from here.
+ifneq ($(DATA),)
+export PURSUHINT_DATA := $(if $(filter /% ~%,$(firstword $(DATA))),$(DATA),$(CURDIR)/$(DATA))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test lab ui bench strip lock clean ready
+
+help: ## explain the targets
+	@echo "From which layers of a teacher network should a student take hints?"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  STUDY=name    a file of params/ without .yaml        make reproduce STUDY=cifar100_quick"
+	@echo "  FORCE=1       run finished stages again              make reproduce FORCE=1"
+	@echo "  DATA=folder   where the images lie                   make reproduce STUDY=cifar100_quick DATA=/data"
+	@echo "  ARGS=\"...\"    handed on to test, lab, ui and bench   make test ARGS=\"-k hints\""
+	@echo "  PYTHON=path   the Python (3.11 to 3.14) to set up with"
+
+reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA)
+	@.venv/bin/python -m pursuhint_lib.pipeline reproduce "$(STUDY)" $(if $(filter-out 0 no false,$(FORCE)),--force)
+
+test: ready ## run every test
+	@.venv/bin/python -m pytest $(ARGS)
+
+lab: ready ## open the notebooks in JupyterLab
+	@JUPYTER_PREFER_ENV_PATH=1 JUPYTER_PATH="$(CURDIR)/.venv/share/jupyter" .venv/bin/python -m jupyterlab \
+	  --ServerApp.preferred_dir=notebooks --LabApp.news_url= --LabApp.extension_manager=readonly \
+	  --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate $(ARGS)
+
+ui: ready ## compare the runs in MLflow's pages
+	@.venv/bin/python -m pursuhint_lib.tracking ui $(ARGS)
+
+bench: ready ## measure speed and memory (tests/benchmarks)
+	@.venv/bin/python -m pytest tests/benchmarks -s $(ARGS)
+
+strip: ready ## take outputs and run metadata out of the notebooks, before a commit
+	@.venv/bin/python -m nbstripout --extra-keys \
+	  "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution" $(NOTEBOOKS)
+
+lock: ## renew requirements.lock and environment.yml from pyproject.toml (needs uv)
+	@command -v uv >/dev/null || { echo "make lock needs uv on the PATH (pip install uv)" >&2; exit 1; }
+	@uv pip compile pyproject.toml --quiet --extra test --universal --generate-hashes --python-version 3.11 \
+	  --no-emit-index-url --custom-compile-command "make lock" --output-file requirements.lock
+	@python3 tools/environment.py
+
+clean: ## remove what running made: runs/, MLflow's store, caches (.venv, data/ and reports/ stay)
+	@rm -rf runs mlflow.db mlflow.db-* mlartifacts build *.egg-info .pytest_cache .ruff_cache notebooks/.ipynb_checkpoints
+	@find pursuhint_lib tests tools -name __pycache__ -prune -exec rm -rf {} +
+	@echo "Removed runs/, mlflow.db, mlartifacts/ and caches. Kept .venv, data/ and reports/."
+
+ready:
+	@for name in $(PYTHON); do \
+	  if "$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null; then \
+	    exec "$$name" tools/setup_venv.py; \
+	  fi; \
+	done; \
+	echo "Python 3.11 to 3.14 is needed and none was found (tried: $(PYTHON)); name one: make PYTHON=/path/to/python3" >&2; \
+	exit 1
