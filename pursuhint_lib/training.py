@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from pursuhint_lib.data import Batches
 from pursuhint_lib.features import FrozenTeacher
-from pursuhint_lib.learners import Supervised
 from pursuhint_lib.storage import written_whole
 
 Learner = nn.Module  # with .model, .teacher_layers, .needs_teacher and .losses(batch, observation); see `learners`
@@ -109,8 +108,8 @@ def fit(
     (after the epoch), status ("trained" or "failed"), seconds (of the whole group), finished (UNIX time). All learners
     end in eval mode.
 
-    checkpoint: a file that is rewritten after each epoch and taken up by the next call with the same learners; it is
-    removed by the caller, when the results are safe. on_epoch(epoch, rows) is called after each epoch.
+    checkpoint: a file that is rewritten after each epoch and taken up by the next call with the same learners, or with
+    some of them; it is removed by the caller, when the results are safe. on_epoch(epoch, rows) is called after each epoch.
     A learner whose loss is not finite is stopped after that epoch, marked failed, and the others go on.
     Dropout masks and the like depend on (seed, step) alone; the global random generator is put back at the end.
 
@@ -162,17 +161,6 @@ def fit(
     for learner in learners.values():
         learner.eval()
     return pd.DataFrame(state["rows"])
-
-
-def train_alone(
-    model: nn.Module,
-    name: str,
-    batches: Batches,
-    schedule: Schedule,
-    **options: Any,
-) -> pd.DataFrame:
-    """`fit` for one network that learns from labels alone; `options` are those of `fit`."""
-    return fit({name: Supervised(model)}, batches, schedule, **options)
 
 
 def _optimizer(learner: Learner, schedule: Schedule) -> torch.optim.SGD:
@@ -239,14 +227,19 @@ def _load_checkpoint(path: Path, learners: Mapping[str, Learner], optimizers: Ma
     if hashlib.sha256(payload).digest() != digest:
         raise ValueError(f"{path}: damaged checkpoint (its sha256 differs); delete it to train this group from its start")
     content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)  # weights_only: runs no code
-    if list(content["learners"]) != list(learners):
+    missing = [name for name in learners if name not in content["learners"]]
+    if missing:
         raise ValueError(
-            f"{path}: checkpoint of other arms ({', '.join(content['learners'])}); wanted {', '.join(learners)}; "
+            f"{path}: checkpoint without {', '.join(missing)} (it holds {', '.join(content['learners'])}); "
             "delete it to train this group from its start"
         )
     for name, learner in learners.items():
         learner.load_state_dict(content["learners"][name])
         optimizers[name].load_state_dict(content["optimizers"][name])
-    return {key: content[key] for key in ("epoch", "rows", "failed")}
+    return {
+        "epoch": content["epoch"],
+        "rows": [row for row in content["rows"] if row["arm"] in learners],
+        "failed": [name for name in content["failed"] if name in learners],
+    }
 
 

@@ -1,0 +1,83 @@
+"""A study's images and batches, as its parameters say.
+
+Notebooks 01, 02, 04 and 05 must agree on what is trained on, chosen by and tested with; they all ask here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pursuhint_lib.data import Batches, ImageSet, balanced_subset, channel_stats, hold_out, load_images
+from pursuhint_lib.params import Images
+
+
+@dataclass(frozen=True)
+class StudyImages:
+    """Three sets of images that share none. mean and std: (C,), of the training images on the [0, 1] scale."""
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        return tuple(self.train.images.shape[1:])
+
+    def facts(self) -> dict:
+        """Sizes, classes, channel statistics and content hashes, for the record."""
+        sets = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {
+            "shape": list(self.shape),
+            "classes": self.train.classes,
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+            "sets": {name: {"images": len(images), "digest": images.digest} for name, images in sets.items()},
+        }
+
+
+def study_images(params: Images) -> StudyImages:
+    """Load the images of a study and split them. Validation comes from the training images, never from the test images.
+
+    Raises what `data.load_images` and `data.hold_out` raise.
+    """
+    loaded = load_images(
+        params.data,
+        params.data_folder,
+        n_classes=params.n_classes,
+        image_size=params.image_size,
+        test_repeats=params.evaluation_repeats,
+        seed=params.split_seed,
+    )
+    train, validation = hold_out(loaded["train"], params.validation_per_class, params.split_seed)
+    mean, std = channel_stats(train)
+    return StudyImages(train, validation.repeated(params.evaluation_repeats), loaded["test"], mean, std)
+
+
+def training_batches(params: Images, images: StudyImages, batch_size: int, seed: int, device: torch.device) -> Batches:
+    """Shuffled, augmented batches of the training images; the order and every draw depend on (seed, epoch) alone."""
+    return Batches(
+        images.train,
+        batch_size,
+        mean=images.mean,
+        std=images.std,
+        crop_padding=params.crop_padding,
+        flip=params.flip,
+        noise=params.noise,
+        shuffle=True,
+        seed=seed,
+        device=device,
+    )
+
+
+def fixed_batches(params: Images, images: StudyImages, which: ImageSet, device: torch.device, batch_size: int = 250) -> Batches:
+    """Batches of `which` in its own order, not augmented, with noise (if the study has any) that never changes."""
+    return Batches(which, batch_size, mean=images.mean, std=images.std, noise=params.noise, seed=params.split_seed, device=device)
+
+
+def probe_batches(params: Images, images: StudyImages, size: int, device: torch.device) -> Batches:
+    """The images that layers are compared on: a seeded, class-balanced subset of the training images, not augmented."""
+    return fixed_batches(params, images, balanced_subset(images.train, size, params.split_seed), device)
