@@ -1,0 +1,264 @@
+"""Tables -> pictures. matplotlib is imported here only; nothing is computed here that a table should hold.
+
+Every function draws on axes that it is given and returns them; `save_figure` writes PNG and PDF. Similarity is always
+drawn on the scale [0, 1], clusters and stages always in the same colors.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from pursuhint_lib.storage import written_whole
+
+# Okabe and Ito's palette: told apart by readers with any color vision.
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+QUIET = "#8a8f98"
+TEACHER, UNAIDED, REFERENCE = "#000000", "#8a8f98", "#D55E00"
+
+STYLE = {
+    "figure.dpi": 90,
+    "savefig.dpi": 130,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.hashsalt": "pursuhint",
+}
+
+
+def use_style() -> None:
+    """Apply the project's look to all later figures of this process."""
+    matplotlib.rcParams.update(STYLE)
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> Path:
+    """Write ``<folder>/<name>.png`` and ``.pdf``, whole, without dates in them (equal figures give equal bytes)."""
+    for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
+        path = Path(folder) / f"{name}{suffix}"
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, metadata=metadata)
+    return path
+
+
+def image_grid(images: Tensor, titles: Sequence[str], columns: int = 8) -> Figure:
+    """A grid of images (N, C, H, W) uint8 with a title over each; one channel is drawn in gray."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.3 * rows), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, title in zip(axes.flat, images.permute(0, 2, 3, 1).cpu().numpy(), titles, strict=False):
+        ax.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+        ax.set_title(title, fontsize=8, loc="center")
+    return figure
+
+
+def feature_maps(maps: Mapping[str, Tensor]) -> Figure:
+    """One map (H, W) per layer, side by side, each on its own gray scale."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(1.6 * len(maps), 1.9), squeeze=False)
+    for ax, (name, values) in zip(axes.flat, maps.items(), strict=True):
+        ax.imshow(values.cpu().numpy(), cmap="magma")
+        ax.set_title(f"{name}\n{values.shape[0]}×{values.shape[1]}", fontsize=8, loc="center")
+        ax.axis("off")
+    return figure
+
+
+def layer_ladder(ax: Axes, table: pd.DataFrame, title: str) -> Axes:
+    """Height of the feature maps against depth, a bar per layer, colored by stage, channels written on the stage ends."""
+    ax.bar(table["depth"], table["height"], color=[stage_color(s) for s in table["stage"]], width=0.85)
+    for row in table[table["stage_end"]].itertuples():
+        ax.annotate(f"{row.channels} ch", (row.depth, row.height), ha="right", va="bottom", fontsize=8)
+    ax.set(title=title, xlabel="depth (candidate layer)", ylabel="height of the map (pixels)")
+    ax.set_xlim(0.3, max(table["depth"]) + 0.7)
+    return ax
+
+
+def stage_color(number: int) -> str:
+    """Color of stage or cluster `number`, counted from 1."""
+    return COLORS[(int(number) - 1) % len(COLORS)]
+
+
+def learning_rates(ax: Axes, rates: Sequence[float]) -> Axes:
+    """Learning rate per step."""
+    ax.plot(np.linspace(0, 100, len(rates)), rates, color=COLORS[0])
+    ax.set(xlabel="training done (%)", ylabel="learning rate", ylim=(0, None), title="Learning rate")
+    return ax
+
+
+def curves(ax: Axes, history: pd.DataFrame, column: str, label: str, *, percent: bool = False) -> Axes:
+    """`column` against epoch, a line per arm (mean over seeds) with the range of the seeds as a band."""
+    scale = 100 if percent else 1
+    for i, (arm, rows) in enumerate(history.dropna(subset=[column]).groupby("arm", sort=False)):
+        by_epoch = rows.groupby("epoch")[column]
+        color, dash = COLORS[i % 7], ["-", "--", ":"][i // 7 % 3]
+        mean = by_epoch.mean() * scale
+        ax.plot(mean.index, mean, color=color, ls=dash, label=arm, lw=1.5)
+        if rows["seed"].nunique() > 1:
+            ax.fill_between(mean.index, by_epoch.min() * scale, by_epoch.max() * scale, color=color, alpha=0.1, lw=0)
+    ax.set(xlabel="epoch", ylabel=label, title=f"{label} (mean of seeds; band: all seeds)" if history["seed"].nunique() > 1 else label)
+    return ax
+
+
+def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], label: str, color: str = COLORS[0]) -> Axes:
+    """Horizontal bars with their values, first on top."""
+    drawn = ax.barh(range(len(labels)), values, color=color)
+    ax.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.invert_yaxis()
+    ax.set(xlabel=label)
+    ax.margins(x=0.12)
+    return ax
+
+
+def similarity_map(
+    ax: Axes,
+    similarity: pd.DataFrame,
+    title: str,
+    *,
+    stages: Sequence[int] | None = None,
+    labels: Sequence[int] | None = None,
+    hint_points: Sequence[str] = (),
+    colorbar: bool = True,
+) -> Axes:
+    """Heat map of a similarity table on [0, 1]; lines between stages, clusters as a colored bar on the left, stars on hint points.
+
+    stages, labels: one number per row (stages from 1, clusters from 0). Axes count layers from 1 by depth.
+    """
+    rows, columns = similarity.shape
+    shown = ax.imshow(similarity.to_numpy(), vmin=0, vmax=1, cmap="viridis", interpolation="nearest", aspect="equal")
+    if colorbar:
+        ax.figure.colorbar(shown, ax=ax, shrink=0.8, label="similarity")
+    for i in range(1, len(stages) if stages is not None else 0):
+        if stages[i] != stages[i - 1]:
+            ax.axhline(i - 0.5, color="white", lw=1.2)
+            ax.axvline(i - 0.5, color="white", lw=1.2)
+    width = max(1.0, columns / 22)
+    for i, cluster in enumerate(labels if labels is not None else ()):
+        box = (-0.5 - 1.25 * width, i - 0.5)
+        ax.add_patch(Rectangle(box, width, 1, color=stage_color(cluster + 1), lw=0, clip_on=False))
+    for name in hint_points:
+        place = list(similarity.index).index(name)
+        ax.plot(place, place, marker="*", ms=13, color="white", mec="black", mew=0.8, clip_on=False)
+    step = max(1, -(-rows // 9))
+    ax.set_xticks(range(0, columns, max(1, -(-columns // 9))), range(1, columns + 1, max(1, -(-columns // 9))))
+    ax.set_yticks(range(0, rows, step), range(1, rows + 1, step))
+    ax.tick_params(axis="y", pad=2 + (14 if labels is not None else 0))
+    ax.set(title=title, xlabel="layer, by depth", ylabel="layer, by depth")
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def layer_path(ax: Axes, points: pd.DataFrame, hint_points: Sequence[str], title: str) -> Axes:
+    """Layers as points in two dimensions, joined in order of depth, colored by cluster; hint points are stars.
+
+    points: columns layer, depth, x, y, cluster (from 0).
+    """
+    ax.plot(points["x"], points["y"], color=QUIET, lw=0.8, zorder=1)
+    for cluster, rows in points.groupby("cluster"):
+        ax.scatter(rows["x"], rows["y"], s=45, color=stage_color(cluster + 1), zorder=2, label=f"cluster {cluster + 1}")
+    chosen = points[points["layer"].isin(hint_points)]
+    ax.scatter(chosen["x"], chosen["y"], s=190, marker="*", color="white", edgecolor="black", zorder=3, label="hint point")
+    for row in points.itertuples():
+        ax.annotate(row.depth, (row.x, row.y), xytext=(5, 4), textcoords="offset points", fontsize=7.5)
+    ax.set(title=title, xlabel="first dimension", ylabel="second dimension", aspect="equal")
+    ax.legend(fontsize=8)
+    return ax
+
+
+def strategies(ax: Axes, chosen: Mapping[str, Sequence[str]], table: pd.DataFrame) -> Axes:
+    """All strategies on one depth axis: a row each, a dot per hint point; stages as shaded ground.
+
+    chosen: strategy -> layers; table: the teacher's layer table.
+    """
+    depth = dict(zip(table["layer"], table["depth"], strict=True))
+    for stage, rows in table.groupby("stage"):
+        ax.axvspan(rows["depth"].min() - 0.5, rows["depth"].max() + 0.5, color=stage_color(stage), alpha=0.1, lw=0)
+        ax.annotate(f"stage {stage}", (rows["depth"].mean(), -0.75), ha="center", fontsize=8, color=stage_color(stage))
+    for row, (strategy, layers) in enumerate(chosen.items()):
+        color = COLORS[0] if strategy.startswith("clustered") else "#333333"
+        ax.plot([0.5, len(table) + 0.5], [row, row], color="#dddddd", lw=0.8, zorder=1)
+        ax.scatter([depth[layer] for layer in layers], [row] * len(layers), s=70, color=color, zorder=2)
+    ax.set_yticks(range(len(chosen)), chosen)
+    ax.set_ylim(len(chosen) - 0.5, -1.1)
+    ax.set_xlim(0.5, len(table) + 0.5)
+    ax.set(xlabel="depth (candidate layer)", title="Hint points, by strategy")
+    return ax
+
+
+def metric_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, group: str, *, xlabel: str, ylabel: str) -> Axes:
+    """`y` against `x`, a line per value of `group`; when an x has several values, their mean with the range as a band."""
+    for i, (name, rows) in enumerate(table.groupby(group, sort=False)):
+        grouped = rows.groupby(x)[y]
+        mean = grouped.mean()
+        ax.plot(mean.index, mean, marker="o", ms=4, color=COLORS[i % len(COLORS)], label=name)
+        if (grouped.size() > 1).any():
+            ax.fill_between(mean.index, grouped.min(), grouped.max(), color=COLORS[i % len(COLORS)], alpha=0.12, lw=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(fontsize=8)
+    return ax
+
+
+def frequencies(ax: Axes, stability: pd.DataFrame, table: pd.DataFrame, title: str) -> Axes:
+    """How often each layer is a hint point over resamples (%), bars colored by stage. stability: columns layer, frequency."""
+    rows = table.merge(stability, on="layer", how="left").fillna({"frequency": 0.0})
+    ax.bar(rows["depth"], 100 * rows["frequency"], color=[stage_color(s) for s in rows["stage"]], width=0.85)
+    ax.set(xlabel="depth (candidate layer)", ylabel="chosen (% of resamples)", ylim=(0, 105), title=title)
+    ax.set_xlim(0.3, max(rows["depth"]) + 0.7)
+    return ax
+
+
+def accuracy_dots(ax: Axes, results: pd.DataFrame, column: str, label: str, teacher: float | None = None) -> Axes:
+    """A dot per seed and a bar at the mean, arms sorted by mean, best on top; the teacher as a line. Fractions -> percent."""
+    order = results.groupby("arm")[column].mean().sort_values(ascending=False).index
+    for row, arm in enumerate(order):
+        values = 100 * results.loc[results["arm"] == arm, column]
+        color = UNAIDED if arm == "unaided" else REFERENCE if arm == "kd" else COLORS[0] if "clustered" in arm else "#333333"
+        ax.scatter(values, np.full(len(values), row), s=22, color=color, alpha=0.55, lw=0)
+        ax.plot([values.mean()] * 2, [row - 0.32, row + 0.32], color=color, lw=2.5)
+    if teacher is not None:
+        ax.axvline(100 * teacher, color=TEACHER, lw=1, ls="--")
+        ax.annotate("teacher ", (100 * teacher, len(order) - 0.6), ha="right", fontsize=8)
+    ax.set_yticks(range(len(order)), order)
+    ax.set_ylim(len(order) - 0.4, -0.6)
+    ax.set(xlabel=f"{label} (%)", title=f"{label}: a dot per seed, a bar at the mean")
+    ax.grid(axis="x", color="#eeeeee")
+    ax.set_axisbelow(True)
+    return ax
+
+
+def differences(ax: Axes, summary: pd.DataFrame, reference: str, confidence: float) -> Axes:
+    """Forest plot: paired difference of each arm to `reference` with its interval, in points; zero as a line."""
+    rows = summary.dropna(subset=["difference"]).sort_values("difference", ascending=False, ignore_index=True)
+    for i, row in rows.iterrows():
+        includes_zero = not (row["difference_low"] > 0 or row["difference_high"] < 0)
+        color = QUIET if includes_zero else COLORS[0] if row["difference"] > 0 else REFERENCE
+        if np.isfinite(row["difference_low"]):
+            ax.plot([100 * row["difference_low"], 100 * row["difference_high"]], [i, i], color=color, lw=2)
+        ax.plot(100 * row["difference"], i, "o", color=color, ms=6)
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_yticks(range(len(rows)), rows["arm"])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set(
+        xlabel=f"test accuracy minus {reference}, paired by seed (points)",
+        title=f"Difference to {reference} with {100 * confidence:g} % interval; gray: includes zero",
+    )
+    ax.grid(axis="x", color="#eeeeee")
+    ax.set_axisbelow(True)
+    return ax
+
+
+def probabilities(axes: Sequence[Axes], table: pd.DataFrame) -> None:
+    """One panel per temperature: the teacher's largest probabilities for one image. table: temperature, label, probability."""
+    for ax, (temperature, rows) in zip(axes, table.groupby("temperature"), strict=True):
+        bars(ax, list(rows["label"]), list(rows["probability"]), "probability")
+        ax.set(title=f"T = {temperature:g}", xlim=(0, 1.15))
