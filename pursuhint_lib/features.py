@@ -1,0 +1,256 @@
+"""Activations by layer name, from any module.
+
+A layer is addressed by its module path ("stage2.3"), and results are keyed by it, never by position. What is captured
+is what the module *returned*: `relu` gives the map after the ReLU, the layer before it the map before the ReLU, even
+where a later in-place operation overwrites that map. Maps come channels first.
+"""
+
+import contextlib
+import copy
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+
+class FeatureExtractor:
+    """Runs a model and hands out what some of its layers return.
+
+        with FeatureExtractor(model, ["stage1.0", "stage3.2"]) as extract:
+            logits, features = extract(images)
+
+    The hooks are set at once and stay until the block ends (or `close`), so one extractor serves a whole training run,
+    in train or eval mode, with or without autograd. They change nothing in the model's output, and are deaf whenever
+    the model is called by other means.
+
+    Cost: no copies, but of layers that a later in-place operation overwrites. Which those are is learnt from the first
+    call, which copies every map once; from then on a map is checked (by its autograd version) and copied only if needed.
+
+    Errors: ValueError for a layer that the model does not have or that is named twice; while running, RuntimeError for
+    a layer that never runs or runs more than once, TypeError for one that does not return a tensor.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        self.model = model
+        self.layers = _checked_layers(layers, [name for name, _ in model.named_modules(remove_duplicate=False) if name])
+        self._overwritten: dict[str, bool] = {}  # learnt: which layers' maps do not outlive the forward pass
+        self._wanted: set[str] = set()  # empty between calls: the hooks are deaf
+        self._captured: dict[str, _Captured] = {}
+        self._handles = [self._hook(layer) for layer in self.layers]
+        self._closed = False
+
+    def __call__(self, images: Tensor, layers: Sequence[str] | None = None) -> tuple[Any, dict[str, Tensor]]:
+        """The model's output, unchanged, and layer name -> tensor in execution order.
+
+        layers: capture only these, a part of the extractor's layers. None: all of them.
+        images (B, C, H, W); features (B, C, H, W) for maps, (B, T, D) for tokens, (B, D) for vectors.
+        """
+        if self._closed:
+            raise RuntimeError("this FeatureExtractor is closed: call it inside its with block, or make a new one")
+        wanted = self.layers if layers is None else _checked_layers(layers, self.layers)
+        self._wanted = set(wanted)
+        try:
+            output = self.model(images)
+            missing = [layer for layer in wanted if layer not in self._captured]
+            if missing:
+                raise RuntimeError(f"{', '.join(missing)}: never called in the forward pass, so there is no feature")
+            return output, {layer: self._settled(layer, captured) for layer, captured in self._captured.items()}
+        finally:
+            self._wanted, self._captured = set(), {}
+
+    def close(self) -> None:
+        """Remove all hooks. Calling it again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"FeatureExtractor({type(self.model).__name__}, {len(self.layers)} layers)"
+
+    def _hook(self, layer: str) -> torch.utils.hooks.RemovableHandle:
+        module = self.model.get_submodule(layer)
+        channels_first = _channels_first(module)
+
+        # A closure, not a bound method: deepcopy(model) must not drag a copy of this extractor along.
+        def capture(module: nn.Module, inputs: Any, output: Any) -> None:
+            if layer not in self._wanted:
+                return
+            if layer in self._captured:
+                raise RuntimeError(f"{layer}: called more than once in one forward pass, so its feature is ambiguous")
+            if not isinstance(output, Tensor):
+                raise TypeError(f"{layer}: returns {type(output).__name__}, but only a layer with one tensor is a feature")
+            output = channels_first(output)
+            if output.is_inference():  # such tensors keep no version, so there is no other way to be sure
+                self._captured[layer] = _Captured(output, None, output.clone())
+            else:
+                clone = output.clone() if self._overwritten.get(layer, True) else None
+                self._captured[layer] = _Captured(output, output._version, clone)
+
+        return module.register_forward_hook(capture)
+
+    def _settled(self, layer: str, captured: "_Captured") -> Tensor:
+        """The captured tensor if nothing has overwritten it since, else the copy. Remembers which it was."""
+        if captured.version is None:
+            return captured.clone
+        overwritten = captured.tensor._version != captured.version
+        if overwritten and captured.clone is None:
+            # Only a model that changes its path between calls comes here.
+            self._overwritten[layer] = True
+            raise RuntimeError(f"{layer}: overwritten in place, but not so in earlier calls: extract this batch again")
+        self._overwritten[layer] = overwritten or self._overwritten.get(layer, False)
+        return captured.clone if overwritten else captured.tensor
+
+
+@dataclass(frozen=True)
+class _Captured:
+    tensor: Tensor
+    version: int | None  # autograd's count of in-place writes at capture time
+    clone: Tensor | None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a teacher says about one batch: logits (B, K), and layer name -> feature in execution order. No autograd."""
+
+    logits: Tensor
+    features: dict[str, Tensor]
+
+
+class FrozenTeacher(nn.Module):
+    """A teacher that cannot learn.
+
+    It holds its own copy of the model: in eval mode for ever, without gradients, and out of sight of `parameters()`,
+    `state_dict()` and `train()`, its own and those of a module that holds it. So no optimizer or checkpoint can reach
+    it, and whatever happens to the caller's model later does not change it. It does follow `to(device)`.
+
+    model: any module. layers: the module paths that `observe` captures, see FeatureExtractor for the errors.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__()
+        # Straight into __dict__: as an ordinary attribute the model would be registered, and its parameters shown.
+        self.__dict__["model"] = copy.deepcopy(model).eval().requires_grad_(False)
+        self._extract = FeatureExtractor(self.model, layers)
+        self._all_modules = list(self.model.modules())
+        self.training = False
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that `observe` captures, as given."""
+        return list(self._extract.layers)
+
+    def observe(self, images: Tensor, layers: Sequence[str] | None = None) -> Observation:
+        """Logits and features of images (B, C, H, W), normalized as the teacher was trained.
+
+        layers: capture only these, a part of the teacher's layers. None: all of them.
+        """
+        if any(module.training for module in self._all_modules):  # somebody reached in through `.model`
+            self.model.eval()
+        with torch.no_grad():  # not inference_mode: a student's loss may save these tensors for its backward pass
+            logits, features = self._extract(images, layers)
+        return Observation(logits, features)
+
+    def train(self, mode: bool = True) -> Self:
+        """Does nothing: a teacher stays in eval mode, also when the module that holds it is set to train."""
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.model._apply(fn, recurse)  # torch's one door for to(), cuda(), half(): the hidden model follows
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenTeacher":
+        return FrozenTeacher(self.model, self.layers)  # hooks of its own
+
+    def extra_repr(self) -> str:
+        return f"{type(self.model).__name__}, {len(self.layers)} layers"
+
+
+def layer_table(model: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int]) -> pd.DataFrame:
+    """Where the layers sit in the model: one row per layer, in execution order, found by one dry run on a blank image.
+
+    image_shape: (C, H, W). The run is in eval mode without autograd; each module's mode is put back, no buffer changes.
+
+    Columns: layer; stage, from 1, which grows when (channels, height, width) differs from the layer before; depth, 1 to
+    L; channels, height, width; stage_end, True for the last layer of its stage. Tokens (B, T, D) count as D channels on
+    a map of 1 x T, vectors (B, D) as D channels on a map of 1 x 1.
+
+    Raises the errors of FeatureExtractor, and ValueError where a feature has another number of dimensions.
+    """
+    tensor = next(model.parameters(), torch.empty(0))
+    image = torch.zeros(1, *image_shape, device=tensor.device, dtype=tensor.dtype)
+    with _eval_mode(model), torch.no_grad(), FeatureExtractor(model, layers) as extract:
+        _, features = extract(image)
+    table = pd.DataFrame(
+        [(layer, *_map_shape(layer, feature)) for layer, feature in features.items()],
+        columns=["layer", "channels", "height", "width"],
+    )
+    shape = table[["channels", "height", "width"]]
+    stage = (shape != shape.shift()).any(axis=1).cumsum()
+    table.insert(1, "stage", stage)
+    table.insert(2, "depth", range(1, len(table) + 1))
+    table["stage_end"] = stage != stage.shift(-1)
+    return table
+
+
+def _map_shape(layer: str, feature: Tensor) -> tuple[int, int, int]:
+    """(channels, height, width) of a feature with a batch in front."""
+    match tuple(feature.shape):
+        case (_, channels, height, width):
+            return channels, height, width
+        case (_, tokens, channels):
+            return channels, 1, tokens
+        case (_, channels):
+            return channels, 1, 1
+    raise ValueError(f"{layer}: returns shape {tuple(feature.shape)}; allowed are (B, C, H, W), (B, T, D) and (B, D)")
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every module has its own mode again, also in a half-frozen model."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _channels_first(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A function that turns what `module` returns into (B, C, H, W), should it be (B, H, W, C), as in Swin transformers.
+
+    Such a module normalizes over its last dimension: it holds a LayerNorm as wide as that one, and none as wide as the
+    second. Everything else passes as it is.
+    """
+    normalized = {part.normalized_shape for part in module.modules() if isinstance(part, nn.LayerNorm)}
+
+    def channels_first(output: Tensor) -> Tensor:
+        if output.ndim == 4 and (output.shape[3],) in normalized and (output.shape[1],) not in normalized:
+            return output.permute(0, 3, 1, 2)
+        return output
+
+    return channels_first
+
+
+def _checked_layers(layers: Sequence[str], known: list[str]) -> list[str]:
+    """`layers` as a list, each of them among `known`, none twice. Raises ValueError with one line."""
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be a list of names, not the name {layers!r}: write [{layers!r}]")
+    layers = list(layers)
+    for layer in layers:
+        if layer not in known:
+            nearest = difflib.get_close_matches(layer, known, n=3, cutoff=0.0)
+            raise ValueError(f"there is no layer {layer!r}; the nearest names are {', '.join(nearest) or '(none)'}")
+        if layers.count(layer) > 1:
+            raise ValueError(f"layer {layer!r} is named twice: name each layer once")
+    return layers
