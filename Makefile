@@ -26,31 +26,32 @@ help: ## explain the targets
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "  STUDY=name    a file of params/ without .yaml        make reproduce STUDY=cifar100_quick"
-	@echo "  FORCE=1       run finished stages again              make reproduce FORCE=1"
-	@echo "  DATA=folder   where the images lie                   make reproduce STUDY=cifar100_quick DATA=/data"
-	@echo "  ARGS=\"...\"    handed on to test, lab, ui and bench   make test ARGS=\"-k hints\""
-	@echo "  PYTHON=path   the Python (3.11 to 3.14) to set up with"
+	@echo "  STUDY=name    a file of params/, without .yaml     make reproduce STUDY=cifar100_quick"
+	@echo "  FORCE=1       run finished stages again            make reproduce FORCE=1"
+	@echo "  DATA=folder   where the images lie                 make reproduce STUDY=cifar100_quick DATA=/data"
+	@echo "  ARGS='...'    handed to test, lab, ui and bench    make test ARGS='-k hints'"
+	@echo "  PYTHON=path   the Python to set up with (3.11 to 3.14)"
 
 reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA)
-	@.venv/bin/python -m pursuhint_lib.pipeline reproduce "$(STUDY)" $(if $(filter-out 0 no false,$(FORCE)),--force)
+	@exec .venv/bin/python -m pursuhint_lib.pipeline reproduce "$(STUDY)" $(if $(filter-out 0 no false,$(FORCE)),--force)
 
 test: ready ## run every test
-	@.venv/bin/python -m pytest $(ARGS)
+	@exec .venv/bin/python -m pytest $(ARGS)
 
 lab: ready ## open the notebooks in JupyterLab
-	@JUPYTER_PREFER_ENV_PATH=1 JUPYTER_PATH="$(CURDIR)/.venv/share/jupyter" .venv/bin/python -m jupyterlab \
-	  --ServerApp.preferred_dir=notebooks --LabApp.news_url= --LabApp.extension_manager=readonly \
+	@JUPYTER_PREFER_ENV_PATH=1 JUPYTER_PATH="$(CURDIR)/.venv/share/jupyter" exec .venv/bin/python -m jupyterlab \
+	  --FileContentsManager.preferred_dir=notebooks --LanguageServerManager.autodetect=False \
+	  --LabApp.news_url= --LabApp.extension_manager=readonly \
 	  --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate $(ARGS)
 
 ui: ready ## compare the runs in MLflow's pages
-	@.venv/bin/python -m pursuhint_lib.tracking ui $(ARGS)
+	@exec .venv/bin/python -m pursuhint_lib.tracking ui $(ARGS)
 
 bench: ready ## measure speed and memory (tests/benchmarks)
-	@.venv/bin/python -m pytest tests/benchmarks -s $(ARGS)
+	@exec .venv/bin/python -m pytest tests/benchmarks -s $(ARGS)
 
 strip: ready ## take outputs and run metadata out of the notebooks, before a commit
-	@.venv/bin/python -m nbstripout --extra-keys \
+	@exec .venv/bin/python -m nbstripout --extra-keys \
 	  "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution" $(NOTEBOOKS)
 
 lock: ## renew requirements.lock and environment.yml from pyproject.toml (needs uv)

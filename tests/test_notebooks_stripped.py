@@ -32,6 +32,7 @@ def test_a_notebook_is_stored_valid_and_stripped(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert traces(notebook) == [], "run make strip"
+    assert notebook.metadata.kernelspec.name == "python3", "without a kernel name JupyterLab asks for one on opening"
 
 
 def test_make_strip_removes_what_running_left_and_keeps_the_parameters_tag(tmp_path):
