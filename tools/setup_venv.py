@@ -45,7 +45,6 @@ def main() -> None:
         made_for, made_in = stamp_found()
         if made_for == lock and PYTHON.exists():
             say(f"Set-up: .venv was made in {made_in}; linking it to {folder}")
-            STAMP.unlink()
         else:
             build(lock_handle, why="requirements.lock has changed" if made_for else "there is no complete .venv yet")
         # No build isolation: an isolated build would fetch setuptools anew, past the lock's hashes.
