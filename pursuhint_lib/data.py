@@ -1,0 +1,676 @@
+"""Images in, batches out.
+
+`load_images` reads a data set into two `ImageSet`s of uint8 images, "train" and "test"; `hold_out` takes validation or
+probe images from the training set, so the test set stays closed until the last notebook; `Batches` puts a set on the
+device as one uint8 tensor and yields normalized float batches.
+
+Everything drawn at random depends on the arguments alone, never on the global random state. What decides *which* images
+are used (splits, subsets) comes from NumPy's `RandomState`, whose stream is frozen for good; what happens to them in an
+epoch (order, crop, flip, noise) comes from a `torch.Generator` seeded by (seed, epoch).
+
+Letters: N images, B batch, C channels, H W space, K classes.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import http.client
+import io
+import json
+import logging
+import os
+import socket
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from pursuhint_lib import storage
+
+DATA_SETS = ("digits", "cifar10", "cifar100", "image_folder")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+_DIGITS_TEST_SHARE = 0.3
+_DIGITS_SPLIT_SEED = 0
+_DOWNLOAD_TIMEOUT = 30  # seconds of silence; a closed network must end in an error, not in a wait for ever
+_DECODE_CHUNK = 128  # images per task of the thread pool
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageSet:
+    """Labeled images of one size, in memory.
+
+    images: (N, C, H, W) uint8. labels: (N,) int64, positions in `classes`. classes: K distinct names.
+    `image_set[which]` is the ImageSet of those images, for a boolean mask (N,), a tensor of positions or a slice.
+    The tensors are shared, not copied: treat them as read-only (`digest` is computed once).
+
+    Raises ValueError when the three do not fit together.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: list[str]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(f"images must be uint8 (N, C, H, W), not {self.images.dtype} {tuple(self.images.shape)}")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"labels must be int64 ({len(self.images)},), one per image, "
+                f"not {self.labels.dtype} {tuple(self.labels.shape)}"
+            )
+        if not self.classes or len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes must be distinct names, at least one, not {_shortened(self.classes)}")
+        if len(self) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+            raise ValueError(
+                f"labels must lie in 0..{len(self.classes) - 1} ({len(self.classes)} classes), "
+                f"not {int(self.labels.min())}..{int(self.labels.max())}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, which: Tensor | slice) -> "ImageSet":
+        if isinstance(which, int):
+            raise TypeError("an ImageSet is indexed by a mask, positions or a slice; one image is image_set.images[i]")
+        return ImageSet(self.images[which], self.labels[which], self.classes)
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.images.shape[1:]))
+        return f"ImageSet({len(self)} images of {size}, {len(self.classes)} classes: {_shortened(self.classes)})"
+
+    @property
+    def channels(self) -> int:
+        """C: 1 for gray images, 3 for RGB."""
+        return self.images.shape[1]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex sha256 of shape, class names, labels and images, in that order: equal digests mean equal sets."""
+        header = json.dumps({"shape": list(self.images.shape), "classes": self.classes})
+        digest = hashlib.sha256(header.encode())
+        digest.update(np.ascontiguousarray(self.labels.cpu().numpy(), dtype="<i8"))
+        digest.update(np.ascontiguousarray(self.images.cpu().numpy()))
+        return digest.hexdigest()
+
+    def repeated(self, times: int) -> "ImageSet":
+        """Each image `times` times, image-major: image 0 `times` times, then image 1, and so on.
+
+        An evaluation under noise then averages over `times` draws per image (`Batches`, `noise`).
+        """
+        if times < 1:
+            raise ValueError(f"an image can be repeated 1 time or more, not {times}")
+        if times == 1:
+            return self
+        return ImageSet(self.images.repeat_interleave(times, 0), self.labels.repeat_interleave(times), self.classes)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Reading data sets
+
+
+def load_images(
+    name: str,
+    folder: str | Path = "",
+    *,
+    n_classes: int = 0,
+    image_size: int = 0,
+    test_repeats: int = 1,
+    seed: int = 0,
+) -> dict[str, ImageSet]:
+    """Read a data set: ``{"train": ImageSet, "test": ImageSet}``, both with the same classes.
+
+    name: ``digits`` (8x8 gray, ships with scikit-learn), ``cifar10``, ``cifar100``, or ``image_folder`` for your own.
+    folder: where the images are; empty means ``$PURSUHINT_DATA``, and without that the home's ``data/``. A relative
+        folder hangs below the home (`storage.home`). A folder that is named must be there. Digits read no folder.
+        CIFAR is read from ``train/<class>/*.png`` and ``test/<class>/*.png``; where neither folder exists,
+        torchvision's copy is used, and downloaded first if need be. Both give the same ImageSet, bit for bit.
+        `image_folder` is read from ``train/<class>/*`` and ``test/<class>/*``; without a ``test/``, from ``val/``.
+    n_classes: 0 for all classes, else that many, drawn by `seed`, relabeled 0..n-1 in class order.
+    image_size: for `image_folder`, and needed there: the shorter side is resized to it and the center is cropped.
+    test_repeats: how often each test image occurs (`ImageSet.repeated`), for several draws of noise per image.
+    seed: draws the classes, nothing else.
+
+    Images come sorted by class: take `balanced_subset` to look at a few. Folders are decoded once and cached in
+    ``data/cache/`` below the home, until a file is added, removed or changed.
+
+    Raises ValueError for an unknown name, an impossible number or a damaged image, FileNotFoundError when the images
+    are not there, not complete, or cannot be downloaded; each with one line.
+    """
+    if name not in DATA_SETS:
+        nearest = difflib.get_close_matches(name, DATA_SETS, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(f"unknown data set {name!r}: {hint}known are {', '.join(DATA_SETS)}")
+    if name == "image_folder" and image_size < 1:
+        raise ValueError(f"image_folder needs image_size, the side of its images in pixels, not {image_size}")
+    if name != "image_folder" and image_size != 0:
+        raise ValueError(f"image_size must be 0 for {name}, which has a size of its own, not {image_size}")
+    if name == "image_folder":
+        sets = _load_image_folder(_data_folder(folder), image_size, n_classes, seed)
+    else:
+        sets = _load_digits() if name == "digits" else _load_cifar(name, _data_folder(folder))
+        chosen = _choose_classes(sets["train"].classes, n_classes, seed)
+        sets = {split: _only_classes(image_set, chosen) for split, image_set in sets.items()}
+    return {"train": sets["train"], "test": sets["test"].repeated(test_repeats)}
+
+
+def _load_digits() -> dict[str, ImageSet]:
+    """The 1797 handwritten digits of scikit-learn (a part of UCI's Optical Recognition of Handwritten Digits).
+
+    They come without a split, so one is made here: 30 % of each class is the test set. It is the same for every seed:
+    were it drawn by the study's seed, test images of one seed would be training images of another, and a difference
+    between seeds would mix luck in training with luck in the split. Writers are not known, so both parts hold images of
+    the same hands: the test asks for new images, not for new writers.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images * 255 / 16).astype(np.uint8)[:, None]  # (N, 8, 8) of 0..16 -> (N, 1, 8, 8)
+    every = ImageSet(
+        torch.from_numpy(images),
+        torch.from_numpy(digits.target.astype(np.int64)),
+        [str(label) for label in digits.target_names],
+    )
+    per_class = every.labels.bincount()
+    rank = _rank_within_class(every, "digits split", _DIGITS_SPLIT_SEED)
+    is_test = rank < (_DIGITS_TEST_SHARE * per_class).round()[every.labels]
+    return {"train": every[~is_test], "test": every[is_test]}
+
+
+class _Cifar(NamedTuple):
+    torchvision_name: str
+    n_classes: int
+    per_class: dict[str, int]
+
+
+_CIFAR = {
+    "cifar10": _Cifar("CIFAR10", 10, {"train": 5000, "test": 1000}),
+    "cifar100": _Cifar("CIFAR100", 100, {"train": 500, "test": 100}),
+}
+_CIFAR_SIZE = 32
+
+
+def _load_cifar(name: str, folder: Path) -> dict[str, ImageSet]:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) from an image folder or from torchvision's files; the result is the same.
+
+    Classes are in alphabetical order in both (torchvision's order is alphabetical too).
+    """
+    expected = _CIFAR[name]
+    if any((folder / split).is_dir() for split in expected.per_class):
+        files = {split: _list_split(folder, split) for split in expected.per_class}
+        for split, per_class in expected.per_class.items():
+            _check_complete(name, folder / split, files[split], expected.n_classes, per_class)
+        classes = sorted(files["train"])
+        if sorted(files["test"]) != classes:
+            odd = min(set(files["test"]) ^ set(classes))
+            raise FileNotFoundError(f"{name} is not complete: {folder} holds {odd!r} in only one of train/ and test/")
+        sets = _decoded_sets(name, folder, files, classes, _CIFAR_SIZE, resize=False)
+    else:
+        sets = _torchvision_cifar(name, folder)
+    return {split: _in_canonical_order(image_set) for split, image_set in sets.items()}
+
+
+def _check_complete(name: str, folder: Path, files: dict[str, list["_File"]], n_classes: int, per_class: int) -> None:
+    if len(files) != n_classes:
+        raise FileNotFoundError(f"{name} is not complete: {folder} holds {len(files)} classes, expected {n_classes}")
+    wrong = [class_name for class_name, found in files.items() if len(found) != per_class]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more classes differ)" if len(wrong) > 1 else ""
+        raise FileNotFoundError(
+            f"{name} is not complete: {folder / wrong[0]} holds {len(files[wrong[0]])} images, "
+            f"expected {per_class}{more}"
+        )
+
+
+def _torchvision_cifar(name: str, folder: Path) -> dict[str, ImageSet]:
+    """torchvision's copy below `folder`, checked by checksum, downloaded when it is not there."""
+    import torchvision.datasets
+
+    dataset = getattr(torchvision.datasets, _CIFAR[name].torchvision_name)
+    logger.info("looking for %s in %s, downloading it if it is not there", name, folder)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            parts = {split: dataset(root=folder, train=split == "train", download=True) for split in ("train", "test")}
+    except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
+        raise FileNotFoundError(
+            f"{name} is not in {folder} and could not be downloaded from {dataset.url} ({_first_line(error)}): put "
+            f"train/<class>/*.png and test/<class>/*.png, or {dataset.filename}, into a folder and name that folder "
+            f"in data_folder or PURSUHINT_DATA"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return {
+        split: ImageSet(
+            torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2))),
+            torch.tensor(part.targets, dtype=torch.int64),
+            list(part.classes),
+        )
+        for split, part in parts.items()
+    }
+
+
+def _in_canonical_order(image_set: ImageSet) -> ImageSet:
+    """Sorted by label, then by the bytes of the image, so the order does not tell where the images came from."""
+    n = len(image_set)
+    images = np.ascontiguousarray(image_set.images.numpy()).reshape(n, -1)
+    by_bytes = np.argsort(images.view(np.dtype((np.void, images.shape[1]))).reshape(n), kind="stable")
+    by_label = np.argsort(image_set.labels.numpy()[by_bytes], kind="stable")
+    return image_set[torch.from_numpy(by_bytes[by_label])]
+
+
+def _load_image_folder(folder: Path, image_size: int, n_classes: int, seed: int) -> dict[str, ImageSet]:
+    """Any images in ``train/<class>/`` and ``test/<class>/`` (or ``val/``). Classes not chosen are never decoded."""
+    test_split = next((split for split in ("test", "val") if (folder / split).is_dir()), None)
+    if test_split is None or not (folder / "train").is_dir():
+        raise FileNotFoundError(f"image folder {folder} must hold train/<class>/* and test/<class>/* or val/<class>/*")
+    files = {"train": _list_split(folder, "train"), "test": _list_split(folder, test_split)}
+    unknown = sorted(set(files["test"]) - set(files["train"]))
+    if unknown:
+        raise ValueError(f"class {unknown[0]!r} is in {folder / test_split} but not in {folder / 'train'}")
+    for split, classes in files.items():
+        empty = [class_name for class_name, found in classes.items() if not found]
+        if empty or not classes:
+            where = folder / (test_split if split == "test" else split) / (empty[0] if empty else "<class>")
+            raise FileNotFoundError(f"{where} holds no images (known suffixes: {' '.join(IMAGE_SUFFIXES)})")
+    chosen = _choose_classes(sorted(files["train"]), n_classes, seed)
+    files = {split: {name: classes[name] for name in chosen if name in classes} for split, classes in files.items()}
+    return _decoded_sets("image_folder", folder, files, chosen, image_size, resize=True)
+
+
+def _data_folder(folder: str | Path) -> Path:
+    """The folder meant by the argument, else by the environment, else the home's ``data/``, which a download makes."""
+    named = str(folder) or os.environ.get("PURSUHINT_DATA", "")
+    if not named:
+        return storage.home() / "data"
+    path = storage.home() / Path(named).expanduser()
+    if not path.is_dir():
+        source = "data_folder" if str(folder) else "PURSUHINT_DATA"
+        raise FileNotFoundError(f"data folder {path} is not there (named by {source})")
+    return path
+
+
+def _choose_classes(classes: list[str], n_classes: int, seed: int) -> list[str]:
+    """`n_classes` of `classes` drawn by `seed`, in the order they had; all of them for 0."""
+    if not 0 <= n_classes <= len(classes):
+        raise ValueError(f"n_classes must be 0 (all) or 1..{len(classes)}, the classes there are, not {n_classes}")
+    if n_classes == 0:
+        return classes
+    drawn = _random_state("classes", seed).permutation(len(classes))[:n_classes]
+    return [classes[position] for position in sorted(drawn)]
+
+
+def _only_classes(image_set: ImageSet, chosen: list[str]) -> ImageSet:
+    """The images of the chosen classes, relabeled by their position in `chosen`."""
+    if chosen == image_set.classes:
+        return image_set
+    position = {name: label for label, name in enumerate(chosen)}
+    relabel = torch.tensor([position.get(name, -1) for name in image_set.classes])  # (K,), -1: not chosen
+    labels = relabel[image_set.labels]
+    return ImageSet(image_set.images[labels >= 0], labels[labels >= 0], chosen)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Decoding folders, once
+
+
+class _File(NamedTuple):
+    path: str  # relative to the data folder
+    size: int
+    mtime_ns: int
+
+
+def _list_split(folder: Path, split: str) -> dict[str, list[_File]]:
+    """Image files by class, both sorted by name. Hidden files and other suffixes are passed over."""
+    if not (folder / split).is_dir():
+        return {}
+    classes = {}
+    for class_name in sorted(entry.name for entry in os.scandir(folder / split) if _is_visible_folder(entry)):
+        found = []
+        for entry in os.scandir(folder / split / class_name):
+            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".") and entry.is_file():
+                status = entry.stat()
+                found.append(_File(f"{split}/{class_name}/{entry.name}", status.st_size, status.st_mtime_ns))
+        classes[class_name] = sorted(found)
+    return classes
+
+
+def _is_visible_folder(entry: os.DirEntry) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _decoded_sets(
+    name: str,
+    folder: Path,
+    files: dict[str, dict[str, list[_File]]],
+    classes: list[str],
+    image_size: int,
+    *,
+    resize: bool,
+) -> dict[str, ImageSet]:
+    """ImageSets of listed files, in the order of the listing, from the cache when nothing changed since."""
+    flat = {split: [file for found in by_class.values() for file in found] for split, by_class in files.items()}
+    shapes = {split: (len(found), 3, image_size, image_size) for split, found in flat.items()}
+    # Pillow's version is in the key because its decoders and its resizing may change by a bit.
+    listing = json.dumps([PIL.__version__, image_size, flat])
+    key = hashlib.sha256(listing.encode()).hexdigest()[:16]
+    cache = storage.home() / "data" / "cache" / f"{name}-{key}.npz"
+    images = _read_cache(cache, shapes)
+    if images is None:
+        _check_memory(folder, shapes)
+        total = sum(map(len, flat.values()))
+        with tqdm(total=total, desc=f"decoding {name}", unit=" images", disable=None) as progress:
+            images = {split: _decode(folder, found, image_size, resize, progress) for split, found in flat.items()}
+        with storage.written_whole(cache) as temporary:
+            np.savez(temporary, **images)
+    sets = {}
+    for split, by_class in files.items():
+        label = {class_name: position for position, class_name in enumerate(classes)}
+        labels = torch.tensor([label[class_name] for class_name, found in by_class.items() for _ in found])
+        sets[split] = ImageSet(torch.from_numpy(images[split]), labels.to(torch.int64), classes)
+    return sets
+
+
+def _read_cache(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray] | None:
+    """The cached images, or None when there are none or they are damaged (.npz holds a checksum of each array)."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images = {split: arrays[split] for split in shapes}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        logger.warning("cache %s is damaged (%s): decoding again", path, _first_line(error))
+        return None
+    if any(images[split].shape != shape or images[split].dtype != np.uint8 for split, shape in shapes.items()):
+        logger.warning("cache %s does not hold the images expected: decoding again", path)
+        return None
+    return images
+
+
+def _check_memory(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse before hours of decoding what the system would end by killing the process."""
+    needed = sum(int(np.prod(shape)) for shape in shapes.values())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"the images of {folder} need {needed / 2**30:.1f} GiB at image_size {shapes['train'][-1]}, this machine "
+            f"has {there / 2**30:.1f} GiB: choose fewer classes (n_classes) or a smaller image_size"
+        )
+
+
+def _decode(folder: Path, files: list[_File], image_size: int, resize: bool, progress: tqdm) -> np.ndarray:
+    """(N, 3, image_size, image_size) uint8, decoded by threads (Pillow lets go of the lock while it decodes)."""
+    images = np.empty((len(files), 3, image_size, image_size), np.uint8)
+
+    def decode_chunk(start: int) -> int:
+        chunk = files[start : start + _DECODE_CHUNK]
+        for position, file in enumerate(chunk, start):
+            images[position] = _decoded_image(folder / file.path, image_size, resize)
+        return len(chunk)
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for done in pool.map(decode_chunk, range(0, len(files), _DECODE_CHUNK)):
+            progress.update(done)
+    return images
+
+
+def _decoded_image(path: Path, image_size: int, resize: bool) -> np.ndarray:
+    """One image as (3, image_size, image_size) uint8 RGB; with `resize`, shorter side resized and center cropped."""
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+    except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything (SyntaxError, struct.error)
+        raise ValueError(f"{path} is not a readable image ({_first_line(error)}): replace or delete it") from None
+    if rgb.size != (image_size, image_size):
+        if not resize:
+            raise ValueError(f"{path} is {rgb.width}x{rgb.height} pixels, expected {image_size}x{image_size}")
+        rgb = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(rgb).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Choosing images
+
+
+def hold_out(image_set: ImageSet, per_class: int, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Split a set in two that share no image: (rest, held_out), with `per_class` images of each class held out.
+
+    Which ones depends on `seed` alone; both parts keep the order of `image_set`. To hold out twice (validation, then
+    probe images) call it again on the rest. Raises ValueError when a class would have no image left.
+    """
+    if per_class < 1:
+        raise ValueError(f"per_class must be 1 or more, not {per_class}")
+    counts = image_set.labels.bincount(minlength=len(image_set.classes))
+    smallest = int(counts.argmin())
+    if counts[smallest] <= per_class:
+        raise ValueError(
+            f"class {image_set.classes[smallest]!r} has {int(counts[smallest])} images: "
+            f"cannot hold out {per_class} of them and keep one"
+        )
+    held = _rank_within_class(image_set, "hold out", seed) < per_class
+    return image_set[~held], image_set[held]
+
+
+def balanced_subset(image_set: ImageSet, size: int, seed: int) -> ImageSet:
+    """`size` images with the classes as even as can be (all images when there are fewer), in the order of the set.
+
+    Drawn in rounds, one image of each class per round, in an order of classes drawn by `seed`. So when `size` is no
+    multiple of K, the classes first in that order have one image more, and a class that runs out is skipped. For one
+    seed, a smaller subset lies within a larger one.
+    """
+    if size < 1:
+        raise ValueError(f"a subset needs 1 image or more, not {size}")
+    rank = _rank_within_class(image_set, "subset", seed)
+    turn = torch.from_numpy(_random_state("turns", seed).permutation(len(image_set.classes)))  # (K,)
+    drawn = torch.argsort(rank * len(turn) + turn[image_set.labels])[:size]  # no ties: (round, turn) is unique
+    return image_set[drawn.sort().values]
+
+
+def _rank_within_class(image_set: ImageSet, purpose: str, seed: int) -> Tensor:
+    """(N,) int64: the place of each image in a random order of the images of its class, 0 first."""
+    shuffled = torch.from_numpy(_random_state(purpose, seed).permutation(len(image_set)))
+    by_class = shuffled[torch.argsort(image_set.labels[shuffled], stable=True)]  # classes together, random within
+    counts = image_set.labels.bincount(minlength=len(image_set.classes))
+    first = counts.cumsum(0) - counts  # (K,), where each class starts in by_class
+    rank = torch.empty_like(by_class)
+    rank[by_class] = torch.arange(len(by_class)) - first[image_set.labels[by_class]]
+    return rank
+
+
+def channel_stats(image_set: ImageSet) -> tuple[Tensor, Tensor]:
+    """Mean and (population) standard deviation of each channel on the [0, 1] scale: two (C,) float64 tensors.
+
+    Computed from the counts of the 256 values, so they are exact and no float copy of the images is made.
+    """
+    if len(image_set) == 0:
+        raise ValueError("an empty ImageSet has no mean")
+    values = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack(
+        [image_set.images[:, channel].flatten().bincount(minlength=256) for channel in range(image_set.channels)]
+    ).to("cpu", torch.float64)  # (C, 256)
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ values
+    variance = (share * (values - mean[:, None]) ** 2).sum(1)
+    return mean, variance.sqrt()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Batches
+
+
+class Batch(NamedTuple):
+    """images: (B, C, H, W) float32, normalized, channels_last. labels, index (rows of the set): (B,) int64."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+class Batches:
+    """Normalized batches of an ImageSet that lives on the device as one uint8 tensor.
+
+    ``for batch in batches.epoch(e)`` is one pass; ``for batch in batches`` is ``epoch(0)``, the pass for evaluation:
+    always the same order, and the same noise. ``len(batches)`` counts the batches of a pass. Order, crops, flips and
+    noise of a pass depend on (seed, epoch) alone. Each is drawn from a generator of its own, so that turning one on or
+    off leaves the others as they were. Noise is drawn on the device, batch by batch, so another kind of device or
+    another `batch_size` may draw other noise; all else is drawn on the CPU and is the same everywhere.
+
+    image_set: N images, kept as `.image_set`.
+    mean, std: (C,) each on the [0, 1] scale (`channel_stats`); images come out as (image / 255 - mean) / std.
+    crop_padding: P > 0 pads the images with P black pixels on each side and crops H x W at a random place.
+    flip: mirror each image left to right with probability 1/2.
+    noise: standard deviation, on the [0, 1] scale, of Gaussian noise on every pixel, added before the normalization.
+        The sum is not clipped to [0, 1]: clipping would make the noise depend on the image.
+    shuffle: random order, for training. A last batch of a single image is then dropped, because batch normalization
+        cannot train on one image; every other image is used once per pass.
+
+    Raises ValueError, in one line, for an empty set or a value that makes no sense.
+    """
+
+    def __init__(
+        self,
+        image_set: ImageSet,
+        batch_size: int,
+        *,
+        mean: Sequence[float] | Tensor,
+        std: Sequence[float] | Tensor,
+        crop_padding: int = 0,
+        flip: bool = False,
+        noise: float = 0.0,
+        shuffle: bool = False,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        n, channels, height, width = image_set.images.shape
+        mean = torch.as_tensor(mean, dtype=torch.float64, device="cpu")
+        std = torch.as_tensor(std, dtype=torch.float64, device="cpu")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+        if n == 0 or (n == 1 and shuffle and batch_size > 1):
+            raise ValueError(f"{n} images give no batch (a single image is dropped when shuffled)")
+        if mean.shape != (channels,) or std.shape != (channels,):
+            raise ValueError(
+                f"mean and std need one value per channel, {channels} each, not {mean.numel()} and {std.numel()}"
+            )
+        if not (std > 0).all():
+            raise ValueError(f"std must be above 0 in every channel, not {std.tolist()}")
+        if crop_padding < 0 or not noise >= 0:
+            raise ValueError(f"crop_padding and noise must be 0 or more, not {crop_padding}, {noise}")
+        self.image_set = image_set
+        self.batch_size = batch_size
+        self.crop_padding = crop_padding
+        self.flip = flip
+        self.noise = noise
+        self.shuffle = shuffle
+        self.seed = seed
+        self.device = torch.device(device)
+
+        pixels = image_set.images.to(self.device).permute(0, 2, 3, 1)  # (N, H, W, C): channels_last comes for free
+        pixels = F.pad(pixels, (0, 0, *[crop_padding] * 4)).contiguous()
+        self._labels = image_set.labels.to(self.device)
+
+        # A batch is gathered as rows of one matrix: row = start of the image + offset within the image. When images
+        # are moved, a row is a pixel, and the offsets are those of an upright or of a mirrored H x W window.
+        # Otherwise a row is a whole image, and its only offset is 0.
+        self._row_length = width + 2 * crop_padding
+        y, x = torch.arange(height)[:, None], torch.arange(width)[None, :]
+        if crop_padding or flip:
+            upright, mirrored = y * self._row_length + x, y * self._row_length + width - 1 - x
+            self._offsets = torch.stack([upright.flatten(), mirrored.flatten()]).to(self.device)  # (2, H*W)
+            self._rows = pixels.view(-1, channels)
+        else:
+            self._offsets = torch.zeros(2, 1, dtype=torch.int64, device=self.device)
+            self._rows = pixels.view(n, -1)
+        self._rows_per_image = len(self._rows) // n
+
+        # (H*W*C,) each, laid out like an image: far quicker on a CPU than spreading C numbers over the last dimension.
+        factors = (1 / (255 * std), -mean / std, noise / std)
+        self._scale, self._shift, self._noise_scale = (
+            values.float().repeat(height * width).to(self.device) for values in factors
+        )
+
+    def __len__(self) -> int:
+        n = len(self.image_set)
+        dropped = self.shuffle and n % self.batch_size == 1
+        return -(-n // self.batch_size) - dropped
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)
+
+    def __repr__(self) -> str:
+        return f"Batches({len(self)} x {self.batch_size} of {self.image_set!r} on {self.device})"
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of pass `epoch` (0, 1, ...). They may be taken in any order, left early or read side by side."""
+        n, (channels, height, width) = len(self.image_set), self.image_set.images.shape[1:]
+        index = torch.arange(n)
+        if self.shuffle:
+            index = torch.randperm(n, generator=self._generator("order", epoch))
+        start = index * self._rows_per_image
+        if self.crop_padding:
+            places = 2 * self.crop_padding + 1
+            top, left = torch.randint(places, (2, n), generator=self._generator("crop", epoch))
+            start += top * self._row_length + left
+        mirrored = torch.zeros(n, dtype=torch.int64)
+        if self.flip:
+            mirrored = torch.randint(2, (n,), generator=self._generator("flip", epoch))
+        noise_generator = self._generator("noise", epoch, self.device)
+        index, start, mirrored = (values.to(self.device) for values in (index, start, mirrored))
+        labels = self._labels[index]
+
+        def batches() -> Iterator[Batch]:
+            for first in range(0, len(self) * self.batch_size, self.batch_size):
+                taken = slice(first, first + self.batch_size)
+                rows = start[taken, None] + self._offsets[mirrored[taken]]  # (B, H*W), or (B, 1) for whole images
+                pixels = self._rows.index_select(0, rows.flatten()).view(len(rows), -1).float()  # (B, H*W*C)
+                images = torch.addcmul(self._shift, pixels, self._scale)
+                if self.noise:
+                    drawn = torch.randn(images.shape, generator=noise_generator, device=self.device)
+                    images.addcmul_(drawn, self._noise_scale)
+                images = images.view(-1, height, width, channels).permute(0, 3, 1, 2)
+                yield Batch(images, labels[taken], index[taken])
+
+        return batches()
+
+    def _generator(self, purpose: str, epoch: int, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator for one purpose in one pass, seeded by NumPy's SeedSequence of seed, epoch and purpose.
+
+        SeedSequence is made for this: neighboring seeds and epochs give unrelated streams, which seed + epoch does not
+        (there, epoch 1 of seed 0 would be epoch 0 of seed 1).
+        """
+        return torch.Generator(device).manual_seed(int(_entropy(purpose, self.seed, epoch).generate_state(1)[0]))
+
+
+def _entropy(purpose: str, *numbers: int) -> np.random.SeedSequence:
+    """A seed for one purpose, so that equal seeds for different purposes draw different things."""
+    if min(numbers) < 0:
+        raise ValueError(f"seeds and epochs must be 0 or more, not {min(numbers)}")
+    return np.random.SeedSequence([*numbers, *purpose.encode()])
+
+
+def _random_state(purpose: str, seed: int) -> np.random.RandomState:
+    return np.random.RandomState(np.random.MT19937(_entropy(purpose, seed)))
+
+
+def _shortened(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
