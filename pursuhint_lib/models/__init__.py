@@ -184,10 +184,11 @@ def save_model(model: nn.Module, path: Path, **facts: Any) -> Path:
     facts: whatever JSON can hold (seed, epochs, accuracy). Equal models and facts give equal bytes.
     """
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    about = {"model": getattr(model, "spec", None), "facts": facts, "state_hash": _hash_of(state)}
+    about = json.dumps({"model": getattr(model, "spec", None), "facts": facts})
     # One metadata key, because safetensors writes several in no fixed order.
+    metadata = {"pursuhint": json.dumps({"about": about, "sha256": _file_hash(state, about)})}
     with written_whole(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata={"pursuhint": json.dumps(about)})
+        safetensors.torch.save_file(state, temporary, metadata=metadata)
     return Path(path)
 
 
@@ -207,14 +208,15 @@ def load_model(path: Path, model: nn.Module | None = None) -> tuple[nn.Module, d
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        about = json.loads(metadata["pursuhint"]) if "pursuhint" in metadata else None
-    except (safetensors.SafetensorError, ValueError) as error:
+        if "pursuhint" not in metadata:
+            raise ValueError("it was not written by save_model")
+        written = json.loads(metadata["pursuhint"])
+        if _file_hash(state, written["about"]) != written["sha256"]:
+            raise ValueError("its content is not what was saved")
+        about = json.loads(written["about"])
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is damaged ({reason}): delete it and train the model again") from None
-    if about is None:
-        raise ValueError(f"{path} was not written by save_model: load it with its own tools and save it again")
-    if _hash_of(state) != about["state_hash"]:
-        raise ValueError(f"{path} is damaged (its weights are not those saved): delete it and train the model again")
+        raise ValueError(f"{path} is not a whole model file ({reason}): delete it and train the model again") from None
     if model is None:
         if about["model"] is None:
             raise ValueError(f"{path} holds a module that build_model does not know: build it and pass it as model=")
@@ -238,6 +240,10 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 def state_hash(model: nn.Module) -> str:
     """Hex sha256 of everything a model has learned: names, dtypes, shapes and bytes of all weights and buffers."""
     return _hash_of(model.state_dict())
+
+
+def _file_hash(state: dict[str, Tensor], about: str) -> str:
+    return hashlib.sha256(f"{_hash_of(state)} {about}".encode()).hexdigest()
 
 
 def _hash_of(state: dict[str, Tensor]) -> str:
