@@ -603,6 +603,8 @@ def test_a_folder_is_decoded_once(tmp_path, decoded):
     assert len(decoded) == 18
     load_images("image_folder", folder, image_size=4)
     assert len(decoded) == 36
+    assert digests(load_images("image_folder", folder, image_size=8)) == first
+    assert len(decoded) == 36, "each size has a cache of its own"
 
 
 def test_a_changed_file_is_seen(tmp_path, decoded):
