@@ -1,8 +1,9 @@
 """How alike two layers of a network are.
 
 The pairwise functions `linear_cka`, `rbf_cka` and `r2_cca` are the definitions: two matrices in, one number out.
-`profile_layers` sends images once through a frozen teacher, and the `LayerProfile` it returns gives the same numbers for
-all pairs of layers as a labelled table. Letters: N images, B batch, C channels, H W space, T tokens, D features, L layers.
+`profile_layers` sends images once through a frozen teacher, and the `LayerProfile` it returns gives the same numbers
+for all pairs of layers as a labelled table.
+Letters: N images, B batch, C channels, H W space, T tokens, D features, L layers.
 """
 
 import difflib
@@ -19,8 +20,8 @@ from torch import Tensor
 
 # A channel whose spread is below one float32 rounding of its mean holds no signal: it counts as constant (dead).
 CONSTANT_CHANNEL = 1e-7
-# Directions of the standardized features with a singular value below this share of the largest are rounding, not signal:
-# ten times what float32 features leave behind, and its square is still far above the rounding of a float64 scatter.
+# Directions of the standardized features with a singular value below this share of the largest are rounding, not
+# signal: ten times what float32 features leave behind, and its square is far above the rounding of a float64 scatter.
 RANK_TOLERANCE = 1e-5
 # Rows per update of the moments: enough to make the (D, D) product cheap, and fixed so that batch size does not matter.
 CHUNK_ROWS = 1024
@@ -37,7 +38,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     Both are centered here, so a constant added to either changes nothing; rotating or scaling either changes nothing.
 
     x: (N, Dx), y: (N, Dy). Rows must be the same images in the same order.
-    Returns a float64 scalar in [0, 1]; 1 means equal up to rotation and scale, 0 is also the answer where x or y is constant.
+    Returns a float64 scalar in [0, 1]; 1 means equal up to rotation and scale. Where x or y is constant it is 0.
     Raises ValueError for other shapes, fewer than two rows, or values that are not finite.
     Kornblith et al. 2019 (arXiv 1905.00414), feature-space form: ||y'x||_F^2 / (||x'x||_F ||y'y||_F).
     """
@@ -54,7 +55,7 @@ def rbf_cka(x: Tensor, y: Tensor, *, bandwidth: float = 1.0) -> Tensor:
     distance stands in for it. Adding a constant, rotating and scaling change nothing.
 
     x: (N, Dx), y: (N, Dy). Rows must be the same images in the same order. Memory: a few N x N float64 matrices.
-    Returns a float64 scalar in [0, 1]; 0 is also the answer where x or y is constant.
+    Returns a float64 scalar in [0, 1]. Where x or y is constant the answer is 0.
     Raises ValueError as `linear_cka` does, and for a bandwidth that is not positive.
     Kornblith et al. 2019 (arXiv 1905.00414), eq. 4 with the biased HSIC of eq. 3: <HKH, HLH> / (||HKH||_F ||HLH||_F).
     """
@@ -70,16 +71,16 @@ def r2_cca(x: Tensor, y: Tensor, *, centered: bool = True) -> Tensor:
     With orthonormal bases Q_x (N, r_x) and Q_y (N, r_y) of the column spaces: ||Q_y'Q_x||_F^2 / min(r_x, r_y). Any
     invertible linear map of either side, and a constant added to either, change nothing.
 
-    The published formula divides by min(Dx, Dy), which is the same for features of full rank. Dead or linearly dependent
-    channels make the rank smaller than D; a QR would then invent arbitrary directions. Here directions below
+    The published formula divides by min(Dx, Dy), which is the same for features of full rank. Dead or linearly
+    dependent channels make the rank smaller than D; a QR would then invent arbitrary directions. Here directions below
     `RANK_TOLERANCE` are dropped and the ranks r are what divides, so that a layer always has similarity 1 with itself.
     Needs many more images than features: independent features score about max(r_x, r_y) / N, and exactly 1 at N <= D.
 
-    `centered=False` is the rule of the method's public code. It is kept for comparison only: features after a ReLU all
-    share nearly the same constant direction, which alone adds up to 1 / min(r) to every similarity.
+    `centered=False` is the rule of the method's public code, and wrong for real features; it is kept for comparison
+    only. After a ReLU all layers share nearly the same constant direction, which alone adds up to 1 / min(r).
 
     x: (N, Dx), y: (N, Dy). Rows must be the same images in the same order.
-    Returns a float64 scalar in [0, 1]; 0 is also the answer where x or y is constant. Raises ValueError as `linear_cka`.
+    Returns a float64 scalar in [0, 1]. Where x or y is constant the answer is 0. Raises ValueError as `linear_cka`.
     Kornblith et al. 2019 (arXiv 1905.00414), table 1, R^2_CCA.
     """
     q_x, q_y = (_orthonormal_basis(z, centered) for z in _checked(x, y))
@@ -125,7 +126,7 @@ def _orthonormal_basis(x: Tensor, centered: bool) -> Tensor:
     """(N, D) -> (N, r): orthonormal columns that span the columns of x, centered first if asked."""
     if centered:
         x = _centered(x)
-    # Canonical correlations do not depend on the scale of a channel; equal scales make the rank cut-off fair to quiet ones.
+    # Correlations do not depend on the scale of a channel; equal scales make the rank cut-off fair to quiet ones.
     scale = x.square().mean(0).sqrt()
     u, singular, _ = torch.linalg.svd(x / torch.where(scale > 0, scale, 1), full_matrices=False)
     return u[:, singular > RANK_TOLERANCE * singular[:1]]
@@ -134,7 +135,7 @@ def _orthonormal_basis(x: Tensor, centered: bool) -> Tensor:
 class _RbfKernel:
     """The centered Gaussian Gram matrix of one representation, any rows of it at a time.
 
-    z: (N, D), float64, centered: distances do not change by that, and their rounding does not see a large common offset.
+    z: (N, D), float64, centered: distances stay the same, and their rounding does not see a large common offset.
     """
 
     def __init__(self, z: Tensor, bandwidth: float = 1.0):
@@ -284,7 +285,7 @@ class LayerProfile:
 
     @classmethod
     def from_features(cls, features: Mapping[str, Tensor]) -> "LayerProfile":
-        """A profile of features that are already there: layer -> (N, C, H, W), (N, T, D) or (N, D), same images in each."""
+        """A profile of features that are already there: layer -> (N, C, H, W), (N, T, D) or (N, D), the same images."""
         pooled = [pool_features(rows).cpu() for rows in features.values()]
         rows = {layer: len(z) for layer, z in zip(features, pooled)}
         if len(set(rows.values())) != 1 or min(rows.values()) < 2:
@@ -315,7 +316,7 @@ class LayerProfile:
         return self._kept("pooled")[:, self._columns()[list(self.layers).index(layer)]]
 
     def subset(self, rows: Tensor | Sequence[int]) -> "LayerProfile":
-        """The profile of some of the images: indices or a boolean mask. Raises ValueError if fewer than two are left."""
+        """The profile of some of the images: indices or a boolean mask. Raises ValueError for fewer than two."""
         rows = self._kept("subset")[torch.as_tensor(rows)]
         if len(rows) < 2:
             raise ValueError(f"subset leaves {len(rows)} images: a profile needs two or more")
@@ -357,7 +358,7 @@ def _unknown(what: str, name: str, known: Iterable[str]) -> str:
     return f"{what} {name!r} is unknown: did you mean {nearest[0]!r}? Known: {', '.join(known)}"
 
 
-# ---- Metrics on a profile: (profile, rows) -> (L, L); `rows` are the images that a metric on pairs of images looks at ----
+# ---- Metrics on a profile: (profile, rows) -> (L, L); `rows` are the images for metrics that compare images in pairs ----
 
 
 def _r2_cca_table(profile: LayerProfile, rows: Tensor) -> Tensor:
@@ -377,7 +378,7 @@ def _r2_cca_of_moments(profile: LayerProfile, scatter: Tensor, mean: Tensor) -> 
     widest = max(profile.widths)
     if profile.n_images <= widest:
         warnings.warn(
-            f"r2_cca from {profile.n_images} images for up to {widest} channels says 1 for any layers: use many more images",
+            f"r2_cca from {profile.n_images} images for up to {widest} channels is 1 whatever they show: use many more",
             stacklevel=4,
         )
     columns = profile._columns()

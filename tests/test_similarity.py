@@ -204,7 +204,8 @@ class FakeTeacher:
 
     def observe(self, images):
         self.looks += len(images)
-        return SimpleNamespace(logits=None, features={name: self.features[name][images] for name in reversed(self.layers)})
+        features = {name: self.features[name][images] for name in reversed(self.layers)}
+        return SimpleNamespace(logits=None, features=features)
 
 
 def batches(n, size):
@@ -302,8 +303,8 @@ def test_a_constant_layer_has_similarity_0_to_others_and_1_to_itself(features):
 
 
 def test_depth_similarity_falls_linearly_with_distance():
-    table = LayerProfile.from_features({name: torch.randn(9, 2, generator=seeded(8)) for name in "abcd"}).similarity("depth")
-    np.testing.assert_allclose(table.loc["a"], [1, 2 / 3, 1 / 3, 0])
+    four = LayerProfile.from_features({name: torch.randn(9, 2, generator=seeded(8)) for name in "abcd"})
+    np.testing.assert_allclose(four.similarity("depth").loc["a"], [1, 2 / 3, 1 / 3, 0])
     one = LayerProfile.from_features({"a": torch.randn(9, 2, generator=seeded(8))}).similarity("depth")
     assert one.loc["a", "a"] == 1
 

@@ -1,0 +1,404 @@
+"""From a table of layer similarities to hint points, and from hint points to pairs with student layers.
+
+`LayerClustering` is the method; `select_hint_points` gives it and every control one signature; `pair_layers` says
+which student layer looks at which hint point. A layer table (`features.layer_table`) lists layers in execution order,
+so row i is the layer of depth i + 1; indices here are 0-based. Letters: L candidate layers, K clusters, M hint points.
+"""
+
+import difflib
+import functools
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
+from sklearn.base import BaseEstimator, ClusterMixin
+
+# ---- Clustering methods: (distance (L, L), n_clusters) -> Partition ----
+
+
+class Partition(NamedTuple):
+    """labels: (L,) cluster of each layer; centers: (K,) layer index of each cluster, in the same numbering."""
+
+    labels: np.ndarray
+    centers: np.ndarray
+    cycle: list[list[int]]  # centers of every round of a cycle; empty if the method came to rest
+    n_rounds: int
+
+
+def _pursuhint(distance: np.ndarray, n_clusters: int) -> Partition:
+    """Evenly spaced seed layers; each layer joins its most similar center; a new center is the member in mid-depth.
+
+    The rule of the method's public code. It minimizes nothing, so it can run in circles instead of coming to rest. The
+    next centers follow from the present ones alone: the first repeat tells a rest (of period 1) from a cycle. Of a
+    cycle we take the round whose centers are closest to the layers, sum_i min_k d(i, center_k), the earliest of equals.
+    """
+    centers = seed_indices(len(distance), n_clusters)
+    rounds: list[tuple[int, ...]] = []
+    while centers not in rounds:
+        rounds.append(centers)
+        labels = _nearest_center(distance, centers)
+        members = [np.flatnonzero(labels == k) for k in range(n_clusters)]
+        centers = tuple(_mid_depth(of) if len(of) else center for of, center in zip(members, centers))
+    cycle = rounds[rounds.index(centers) :]
+    best = min(cycle, key=lambda centers: distance[:, centers].min(1).sum())
+    return Partition(
+        labels=_nearest_center(distance, best),
+        centers=np.array(best),
+        cycle=[sorted(centers) for centers in cycle] if len(cycle) > 1 else [],
+        n_rounds=len(rounds),
+    )
+
+
+def seed_indices(n_layers: int, n_clusters: int) -> tuple[int, ...]:
+    """Where "pursuhint" starts: int(t (L - 1) / (K - 1)), t = 0..K-1. One cluster starts, and rests, in the middle."""
+    if n_clusters == 1:
+        return ((n_layers - 1) // 2,)
+    return tuple(t * (n_layers - 1) // (n_clusters - 1) for t in range(n_clusters))
+
+
+def _nearest_center(distance: np.ndarray, centers: tuple[int, ...]) -> np.ndarray:
+    """(L,) cluster numbers; ties go to the lowest."""
+    return distance[:, centers].argmin(1)
+
+
+def _mid_depth(members: np.ndarray) -> int:
+    """The member whose index is nearest to floor(mean index); the shallower of two that are as near."""
+    return int(members[np.abs(members - members.sum() // len(members)).argmin()])
+
+
+def _average_linkage(distance: np.ndarray, n_clusters: int) -> Partition:
+    """Merge the two clusters of least mean distance until `n_clusters` are left."""
+    if len(distance) == 1:
+        return _settled(np.zeros(1, dtype=int), 1)
+    tree = linkage(squareform(distance, checks=False), "average")
+    # "maxclust" cuts by height and leaves fewer clusters where merges tie; following the tree gives exactly K.
+    merged = {i: [i] for i in range(len(distance))}
+    for step, (a, b) in enumerate(tree[: len(distance) - n_clusters, :2].astype(int)):
+        merged[len(distance) + step] = merged.pop(a) + merged.pop(b)
+    labels = np.empty(len(distance), dtype=int)
+    for k, members in enumerate(merged.values()):
+        labels[members] = k
+    return _settled(labels, n_clusters)
+
+
+def _contiguous(distance: np.ndarray, n_clusters: int) -> Partition:
+    """The split of the depth axis into K runs of layers with the least total distance of layers to their run's medoid.
+
+    Exact, by dynamic programming over where the last run starts; the shallower start among equals.
+    """
+    n = len(distance)
+    cost = np.full((n, n + 1), np.inf)  # cost[a, b]: layers a..b-1 as one run
+    for a in range(n):
+        for b in range(a + 1, n + 1):
+            cost[a, b] = distance[a:b, a:b].sum(0).min()
+    best = np.full((n_clusters + 1, n + 1), np.inf)  # best[k, b]: layers 0..b-1 in k runs
+    start = np.zeros((n_clusters + 1, n + 1), dtype=int)
+    best[0, 0] = 0
+    for k in range(1, n_clusters + 1):
+        for b in range(k, n + 1):
+            totals = best[k - 1, :b] + cost[:b, b]
+            start[k, b] = totals.argmin()
+            best[k, b] = totals[start[k, b]]
+    labels, b = np.empty(n, dtype=int), n
+    for k in range(n_clusters, 0, -1):
+        labels[start[k, b] : b] = k - 1
+        b = start[k, b]
+    return _settled(labels, n_clusters)
+
+
+def _settled(labels: np.ndarray, n_clusters: int) -> Partition:
+    """A partition of a method that has no centers of its own: they are the members in mid-depth."""
+    centers = np.array([_mid_depth(np.flatnonzero(labels == k)) for k in range(n_clusters)])
+    return Partition(labels, centers, cycle=[], n_rounds=1)
+
+
+METHODS: dict[str, Callable[[np.ndarray, int], Partition]] = {
+    "pursuhint": _pursuhint,
+    "average_linkage": _average_linkage,
+    "contiguous": _contiguous,
+}
+
+# ---- Representatives: (members, center, distance) -> layer index ----
+
+REPRESENTATIVES: dict[str, Callable[[np.ndarray, int, np.ndarray], int]] = {
+    "center": lambda members, center, distance: int(center),
+    "medoid": lambda members, center, distance: int(members[distance[np.ix_(members, members)].sum(0).argmin()]),
+    "first": lambda members, center, distance: int(members[0]),
+    "last": lambda members, center, distance: int(members[-1]),
+}
+
+
+class LayerClustering(ClusterMixin, BaseEstimator):
+    """Clusters of alike layers, and one hint point for each: the layer-selection step of PURSUhInT (arXiv 2103.00053).
+
+    n_clusters: K, at most the number of layers.
+    method: "pursuhint" is the published rule, read from the method's public code; "average_linkage" and "contiguous"
+        are there to tell what the rule adds.
+    representative: the layer that stands for its cluster. "center", the member in mid-depth, is the method's own;
+        "medoid" has the least total distance to the members; "first" and "last" are the shallowest and deepest member.
+
+    Learnt by `fit`, cluster 0 being the one with the shallowest center:
+    layers_: names of the L layers, as in the table.
+    labels_: (L,) cluster of each layer.
+    center_indices_: (K,) 0-based index of each cluster's center, ascending.
+    hint_points_: K layer names in order of depth.
+    n_rounds_: rounds until the centers repeated.
+    cycle_: [] when the centers came to rest, else the sorted centers of each round of the cycle. The result is then the
+        round with the least total distance of layers to their center.
+    n_breaks_, contiguous_: label changes along depth beyond the fewest possible, and whether there are none.
+
+    Example:
+        >>> LayerClustering(n_clusters=3).fit(profile.similarity("r2_cca")).hint_points_
+    """
+
+    def __init__(self, n_clusters: int = 3, method: str = "pursuhint", representative: str = "center"):
+        self.n_clusters = n_clusters
+        self.method = method
+        self.representative = representative
+
+    def fit(self, similarity: pd.DataFrame, y: None = None) -> "LayerClustering":
+        """Cluster the layers of a labelled, symmetric similarity table (L, L); distance is 1 - similarity.
+
+        Deterministic. Warns where a cluster is left empty, as happens when layers are exactly equal; it then keeps its
+        center, as published, and the same layer may be named twice.
+        Raises ValueError for a table that is not square, finite, symmetric and labelled alike on both sides, for an
+        unknown method or representative, and for n_clusters outside 1..L.
+        """
+        distance = 1 - _checked_similarity(similarity)
+        if self.method not in METHODS:
+            raise ValueError(_unknown("method", self.method, METHODS))
+        if self.representative not in REPRESENTATIVES:
+            raise ValueError(_unknown("representative", self.representative, REPRESENTATIVES))
+        _check_count("n_clusters", self.n_clusters, len(distance))
+
+        labels, centers, self.cycle_, self.n_rounds_ = METHODS[self.method](distance, self.n_clusters)
+        by_depth = np.argsort(centers, kind="stable")
+        self.layers_ = list(similarity.index)
+        self.labels_ = np.argsort(by_depth)[labels]  # old number -> rank of its center
+        self.center_indices_ = centers[by_depth]
+        members = [np.flatnonzero(self.labels_ == k) for k in range(self.n_clusters)]
+        empty = sum(len(of) == 0 for of in members)
+        if empty:
+            text = f"{empty} of {self.n_clusters} clusters are empty: some layers are exactly equal"
+            warnings.warn(text, stacklevel=2)
+        represent = REPRESENTATIVES[self.representative]
+        points = [represent(of, c, distance) if len(of) else int(c) for of, c in zip(members, self.center_indices_)]
+        self.hint_points_ = [self.layers_[i] for i in sorted(points)]
+        self.n_breaks_ = int((np.diff(self.labels_) != 0).sum()) - (self.n_clusters - empty - 1)
+        self.contiguous_ = self.n_breaks_ == 0
+        return self
+
+
+def _checked_similarity(similarity: pd.DataFrame) -> np.ndarray:
+    if not isinstance(similarity, pd.DataFrame):
+        raise ValueError(f"similarity is a {type(similarity).__name__}: it must be a DataFrame labelled by layer")
+    rows, columns = list(similarity.index), list(similarity.columns)
+    if not rows or len(rows) != len(columns):
+        raise ValueError(f"similarity has {len(rows)} rows and {len(columns)} columns: it must be square and not empty")
+    for row, column in zip(rows, columns):
+        if row != column:
+            raise ValueError(f"similarity has row {row!r} beside column {column!r}: both must list the same layers")
+    if len(set(rows)) < len(rows):
+        raise ValueError(f"similarity names layer {similarity.index[similarity.index.duplicated()][0]!r} twice")
+    values = similarity.to_numpy(dtype=float)
+    for wrong, why in (
+        (~np.isfinite(values), "it must be finite"),
+        (~np.isclose(values, values.T, rtol=0, atol=1e-8), "it must be symmetric"),
+    ):
+        if wrong.any():
+            i, j = np.argwhere(wrong)[0]
+            raise ValueError(f"similarity of {rows[i]!r} and {rows[j]!r} is {values[i, j]} and {values[j, i]}: {why}")
+    return values
+
+
+def _check_count(what: str, count: int, limit: int) -> None:
+    if not 1 <= count <= limit:
+        raise ValueError(f"{what} is {count}: it must be from 1 to {limit}, the number of candidate layers")
+
+
+def _unknown(what: str, name: str, known: dict) -> str:
+    nearest = difflib.get_close_matches(str(name), list(known), 1, cutoff=0)[0]
+    return f"{what} {name!r} is unknown: did you mean {nearest!r}? Known: {', '.join(known)}"
+
+
+# ---- Hint points: the method and its controls under one signature ----
+
+
+@dataclass(frozen=True)
+class HintPoints:
+    """The teacher layers that give hints.
+
+    strategy: a name of `STRATEGIES`, or the caller's own.
+    layers: M layer names in order of depth.
+    labels: cluster of every candidate layer, where the strategy has clusters.
+    """
+
+    strategy: str
+    layers: list[str]
+    labels: list[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def select_hint_points(
+    strategy: str, similarity: pd.DataFrame | None, layers: pd.DataFrame, n_hints: int, seed: int = 0
+) -> HintPoints:
+    """Choose `n_hints` of the teacher's layers.
+
+    strategy: one of `STRATEGIES`:
+        "none"             no layer: the student learns from labels and logits alone
+        "stage_ends"       the last layer of each stage; see `stage_points` for other numbers of stages
+        "uniform"          the middles of n_hints equal groups along depth
+        "random"           layers drawn without replacement by `seed`
+        "clustered"        the method: centers of clusters of alike layers (`LayerClustering`)
+        "clustered_first", "clustered_last"     the shallowest or deepest layer of the same clusters
+    similarity: labelled (L, L) table; only the clustered strategies look at it, the others take None as well.
+    layers: the teacher's layer table, columns `layer` and `stage_end`, in execution order.
+    n_hints: M, from 1 to L; "none" ignores it.
+    Raises ValueError for an unknown strategy, an impossible n_hints, or a similarity of other layers than the table's.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(_unknown("strategy", strategy, STRATEGIES))
+    if strategy != "none":
+        _check_count("n_hints", n_hints, len(layers))
+    indices, labels = STRATEGIES[strategy](_Request(similarity, layers, n_hints, seed))
+    return HintPoints(strategy, _named(layers, indices), labels)
+
+
+class _Request(NamedTuple):
+    """What a strategy may look at; most need only a part of it."""
+
+    similarity: pd.DataFrame | None
+    layers: pd.DataFrame
+    n_hints: int
+    seed: int
+
+
+def _none(request: _Request) -> tuple[list[int], None]:
+    return [], None
+
+
+def _stage_ends(request: _Request) -> tuple[list[int], None]:
+    return stage_points(request.layers, request.n_hints), None
+
+
+def _uniform(request: _Request) -> tuple[list[int], None]:
+    edges = [g * len(request.layers) // request.n_hints for g in range(request.n_hints + 1)]
+    # Group a..b-1 has its middle at floor((a + b - 1) / 2): the method's own rule, applied to equal groups.
+    return [(a + b - 1) // 2 for a, b in itertools.pairwise(edges)], None
+
+
+def _random(request: _Request) -> tuple[list[int], None]:
+    drawn = np.random.default_rng(request.seed).choice(len(request.layers), request.n_hints, replace=False)
+    return sorted(drawn.tolist()), None
+
+
+def _clustered(request: _Request, representative: str = "center") -> tuple[list[int], list[int]]:
+    clustering = LayerClustering(request.n_hints, representative=representative).fit(request.similarity)
+    expected = list(request.layers["layer"])
+    if clustering.layers_ != expected:
+        raise ValueError(
+            f"similarity is of layers {_shown(clustering.layers_)} and the layer table of {_shown(expected)}: "
+            "both must list the same layers in the same order"
+        )
+    return [expected.index(layer) for layer in clustering.hint_points_], clustering.labels_.tolist()
+
+
+def _shown(names: list[str]) -> str:
+    return f"{names[0]} .. {names[-1]} ({len(names)})"
+
+
+STRATEGIES: dict[str, Callable[[_Request], tuple[list[int], list[int] | None]]] = {
+    "none": _none,
+    "stage_ends": _stage_ends,
+    "uniform": _uniform,
+    "random": _random,
+    "clustered": _clustered,
+    "clustered_first": functools.partial(_clustered, representative="first"),
+    "clustered_last": functools.partial(_clustered, representative="last"),
+}
+
+
+def _named(layers: pd.DataFrame, indices: list[int]) -> list[str]:
+    return [layers["layer"].iloc[i] for i in indices]
+
+
+def stage_points(table: pd.DataFrame, n_points: int) -> list[int]:
+    """Indices of `n_points` layers at stage ends, for any number S of stages.
+
+    As many points as stages: the last layer of each. Fewer: stage ends spread evenly and ending at the last, the i-th
+    at stage ceil(i S / M) (of four stages, three points take 2, 3 and 4). More: every stage end, and the points left
+    over go one by one to the stage with the most layers per point (the deeper of equals); the points of a stage are the
+    ends of equal groups of its layers.
+    Raises ValueError for n_points outside 1..L, or a table whose last layer does not end a stage.
+    """
+    _check_count("the number of points at stage ends", n_points, len(table))
+    stops = np.flatnonzero(table["stage_end"].to_numpy(dtype=bool)) + 1
+    if len(stops) == 0 or stops[-1] != len(table):
+        last = table["layer"].iloc[-1]
+        raise ValueError(f"column stage_end is false for the last layer, {last!r}: it must end a stage")
+    n_stages = len(stops)
+    if n_points <= n_stages:
+        return [int(stops[-(-i * n_stages // n_points) - 1]) - 1 for i in range(1, n_points + 1)]
+    starts = np.concatenate([[0], stops[:-1]])
+    sizes = stops - starts
+    points = np.ones(n_stages, dtype=int)
+    while points.sum() < n_points:
+        points[n_stages - 1 - (sizes / points)[::-1].argmax()] += 1
+    return [
+        int(start + (g + 1) * size // count) - 1
+        for start, size, count in zip(starts, sizes, points)
+        for g in range(count)
+    ]
+
+
+# ---- Pairs ----
+
+
+@dataclass(frozen=True)
+class HintPair:
+    """A student layer and the teacher layer whose features it is to match."""
+
+    teacher_layer: str
+    student_layer: str
+
+
+PAIRING_RULES: dict[str, Callable[[list[int]], list[int]]] = {
+    "stage_ends": lambda points: points,  # i-th hint point with the i-th student point
+    "reversed": lambda points: points[::-1],  # the same points, deepest first: a control
+}
+
+
+def pair_layers(
+    hint_points: HintPoints, teacher_table: pd.DataFrame, student_table: pd.DataFrame, rule: str = "stage_ends"
+) -> list[HintPair]:
+    """Pair the i-th hint point with the i-th student point, both in order of depth.
+
+    Student points are the student's stage ends, by the rule of `stage_points` where it has more or fewer stages than
+    there are hint points; `rule` "reversed" pairs the deepest hint point with the shallowest.
+    A hint point named twice stays two pairs. No hint points, no pairs.
+    Raises ValueError for an unknown rule, a hint point that is no layer of the teacher, or a student with fewer
+    candidate layers than hint points.
+    """
+    if rule not in PAIRING_RULES:
+        raise ValueError(_unknown("pairing rule", rule, PAIRING_RULES))
+    known = {layer: depth for depth, layer in enumerate(teacher_table["layer"])}
+    for layer in hint_points.layers:
+        if layer not in known:
+            raise ValueError(_unknown(f"teacher layer of strategy {hint_points.strategy!r}", layer, known))
+    if not hint_points.layers:
+        return []
+    if len(hint_points) > len(student_table):
+        raise ValueError(
+            f"{len(hint_points)} hint points for a student of {len(student_table)} candidate layers: use fewer hints"
+        )
+    teacher_layers = sorted(hint_points.layers, key=known.__getitem__)
+    student_layers = _named(student_table, PAIRING_RULES[rule](stage_points(student_table, len(hint_points))))
+    return [HintPair(*pair) for pair in zip(teacher_layers, student_layers)]
