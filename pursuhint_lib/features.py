@@ -28,7 +28,8 @@ class FeatureExtractor:
     the model is called by other means.
 
     Cost: no copies, but of layers that a later in-place operation overwrites. Which those are is learnt from the first
-    call, which copies every map once; from then on a map is checked (by its autograd version) and copied only if needed.
+    call, which copies every map once; from then on only maps that were overwritten before are copied, and all
+    are checked (by their autograd version).
 
     Errors: ValueError for a layer that the model does not have or that is named twice; while running, RuntimeError for
     a layer that never runs or runs more than once, TypeError for one that does not return a tensor.
@@ -88,7 +89,7 @@ class FeatureExtractor:
             if layer in self._captured:
                 raise RuntimeError(f"{layer}: called more than once in one forward pass, so its feature is ambiguous")
             if not isinstance(output, Tensor):
-                raise TypeError(f"{layer}: returns {type(output).__name__}, but only a layer with one tensor is a feature")
+                raise TypeError(f"{layer}: returns {type(output).__name__}, but a feature is one tensor")
             output = channels_first(output)
             if output.is_inference():  # such tensors keep no version, so there is no other way to be sure
                 self._captured[layer] = _Captured(output, None, output.clone())
@@ -227,7 +228,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _channels_first(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function that turns what `module` returns into (B, C, H, W), should it be (B, H, W, C), as in Swin transformers.
+    """A function that makes (B, C, H, W) of what `module` returns, should that be (B, H, W, C), as in a Swin.
 
     Such a module normalizes over its last dimension: it holds a LayerNorm as wide as that one, and none as wide as the
     second. Everything else passes as it is.

@@ -264,7 +264,8 @@ def test_the_dry_run_changes_no_buffer_and_restores_every_mode():
 
 
 def test_tokens_and_vectors_count_as_maps_of_one_row_and_one_pixel():
-    model = nn.Sequential(nn.Flatten(2), nn.Linear(16, 5), nn.Flatten(), nn.Linear(15, 7), nn.Unflatten(1, (7, 1, 1, 1)))
+    five_d = nn.Unflatten(1, (7, 1, 1, 1))
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(16, 5), nn.Flatten(), nn.Linear(15, 7), five_d)
     table = layer_table(model, ["1", "3"], (3, 4, 4))
     assert table[["channels", "height", "width"]].values.tolist() == [[5, 1, 3], [7, 1, 1]]
     assert table["stage"].tolist() == [1, 2]

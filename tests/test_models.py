@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pursuhint_lib.features import FeatureExtractor
 from pursuhint_lib.models import MODELS, build_model, candidate_layers, load_model, save_model, state_hash
 from pursuhint_lib.models.resnet_cifar import BasicBlock
+from pursuhint_lib.models.wrn_cifar import PreActivationBlock
 
 # Parameters, and multiply-accumulates in millions, of the RepDistiller definitions: 100 classes, 32x32 images.
 PUBLISHED = {
@@ -65,6 +66,21 @@ def test_a_residual_block_is_two_convolutions_plus_a_shortcut():
     inner = conv_bn(conv_bn(x, block.conv1, block.bn1).clamp(min=0), block.conv2, block.bn2)
     expected = (inner + conv_bn(x, *block.shortcut)).clamp(min=0)
     torch.testing.assert_close(block(x), expected)
+
+
+def test_a_wide_block_projects_its_activated_input_and_adds_a_bare_sum():
+    torch.manual_seed(0)
+    block = PreActivationBlock(2, 3, stride=2).double().eval()
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    conv, shrink = nn.functional.conv2d, 1 / (1 + block.bn1.eps) ** 0.5  # a fresh batch norm in eval mode
+    activated = (x * shrink).clamp(min=0)
+    inner = (conv(activated, block.conv1.weight, stride=2, padding=1) * shrink).clamp(min=0)
+    expected = conv(inner, block.conv2.weight, padding=1) + conv(activated, block.projection.weight, stride=2)
+    torch.testing.assert_close(block(x), expected)
+
+    same = PreActivationBlock(2, 2, stride=1).double()
+    nn.init.zeros_(same.conv2.weight)
+    assert torch.equal(same(x), x)
 
 
 def test_convolutions_start_with_the_spread_of_he_et_al():

@@ -51,7 +51,7 @@ def _torchvision_model(name: str, classes: int, channels: int) -> nn.Module:
         nearest = difflib.get_close_matches(name, [*MODELS, *known], n=3, cutoff=0.0)
         raise ValueError(f"there is no model {name!r}; the nearest names are {', '.join(nearest)}")
     if channels != 3:
-        raise ValueError(f"{name} is torchvision's and takes 3 channels, not {channels}: repeat them, or use our networks")
+        raise ValueError(f"{name} is torchvision's and takes 3 channels, not {channels}: take a network of MODELS")
     # These two would return a tuple with auxiliary logits in train mode.
     plain_output = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return torchvision.models.get_model(name, weights=None, num_classes=classes, **plain_output)
@@ -83,18 +83,18 @@ def candidate_layers(
     """
     if hasattr(model, "candidate_layers"):
         return model.candidate_layers(before_activation)
-    blocks = _repeated_blocks(model)
+    kind, blocks = type(model).__name__, _repeated_blocks(model)
     if blocks and before_activation:
-        raise ValueError(f"the value before the last activation has no name in {type(model).__name__}: pass layers by hand")
+        raise ValueError(f"the value before the last activation has no name in {kind}: pass a list of layers by hand")
     layers = blocks or _stage_outputs(model, before_activation)
     if not layers:
         parts = ", ".join(name for name, _ in model.named_children()) or "(nothing)"
-        raise ValueError(f"{type(model).__name__} has no repeated blocks: pass a list of layers by hand, from inside {parts}")
+        raise ValueError(f"{kind} has no repeated blocks: pass a list of layers by hand, from inside {parts}")
     return _in_execution_order(model, layers, image_shape)
 
 
 def _repeated_blocks(model: nn.Module) -> list[str]:
-    """Rule 2: level by level, the modules whose class repeats. Paths in order of declaration; [] when there are none."""
+    """Rule 2: level by level, the modules whose class repeats. Paths in order of declaration; [] if there are none."""
     level = [("", model)]
     while level:
         level = [found for path, module in level for found in _composite_modules(module, path)]
@@ -170,8 +170,8 @@ def _in_execution_order(model: nn.Module, layers: list[str], image_shape: tuple[
     try:
         tracer.trace(model)
     except Exception as error:  # whatever a foreign forward pass raises when it is handed a symbol instead of an image
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot trace the order of {type(model).__name__}'s layers ({reason}): pass image_shape") from error
+        kind, reason = type(model).__name__, (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot trace the order of {kind}'s layers ({reason}): pass image_shape=(C, H, W)") from error
     return tracer.called
 
 
@@ -233,8 +233,8 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):
-            theirs, ours = found.get(name, "nothing"), expected.get(name, "nothing")
-            raise ValueError(f"{path} does not fit {type(model).__name__}: {name} is {theirs} there, {ours} in the model")
+            kind, there, here = type(model).__name__, found.get(name, "nothing"), expected.get(name, "nothing")
+            raise ValueError(f"{path} does not fit {kind}: {name} is {there} there, {here} in the model")
 
 
 def state_hash(model: nn.Module) -> str:

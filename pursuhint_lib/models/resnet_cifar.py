@@ -79,7 +79,7 @@ def residual_stage(
 
 
 def he_init(model: nn.Module) -> None:
-    """Draw all convolutions from He et al. 2015 (arXiv 1502.01852, eq. 14), by fan-out; torch's defaults do the rest."""
+    """Draw all convolutions from He et al. 2015 (arXiv 1502.01852, eq. 14), by fan-out; the rest is torch's default."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
