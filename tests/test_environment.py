@@ -14,6 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from tools import setup_venv
+
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 CORE = "torch torchvision jupyterlab papermill scikit-learn pandas matplotlib mlflow numpy scipy pydantic pytest".split()
@@ -149,6 +151,28 @@ def test_a_data_folder_reaches_the_commands_whole_and_absolute(given, seen):
 def test_commands_run_without_telemetry_and_without_a_foreign_python_path():
     show = "--eval=show: ; @printenv MLFLOW_DISABLE_TELEMETRY DO_NOT_TRACK; printenv PYTHONPATH || echo unset"
     assert make(show, "show", PYTHONPATH="/elsewhere").stdout.split() == ["true", "true", "unset"]
+
+
+def test_a_venv_counts_as_ready_only_when_complete_for_this_lock_and_this_folder(tmp_path, monkeypatch):
+    python, stamp, lock = tmp_path / "python", tmp_path / ".ready", tmp_path / "requirements.lock"
+    for name, path in {"PYTHON": python, "STAMP": stamp, "LOCK": lock}.items():
+        monkeypatch.setattr(setup_venv, name, path)
+    lock.write_text("torch==2.15.0\n")
+    python.touch()
+    assert not setup_venv.ready(), "interrupted: the stamp comes last"
+    complete = "\n".join(setup_venv.stamp_now()) + "\n"
+    stamp.write_text(complete)
+    assert setup_venv.ready()
+    stamp.write_text(complete[:30])
+    assert not setup_venv.ready(), "the stamp itself was cut short"
+    stamp.write_text(f"{setup_venv.stamp_now()[0]}\n/another/folder\n")
+    assert not setup_venv.ready(), "the folder was moved or copied"
+    stamp.write_text(complete)
+    lock.write_text("torch==2.16.0\n")
+    assert not setup_venv.ready(), "the lock has changed"
+    lock.write_text("torch==2.15.0\n")
+    python.unlink()
+    assert not setup_venv.ready(), "the Python that it was made with is gone"
 
 
 def test_an_unusable_python_ends_set_up_with_one_clear_line():
