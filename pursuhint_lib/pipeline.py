@@ -1,0 +1,945 @@
+"""Notebooks in order, headless.
+
+    python -m pursuhint_lib.pipeline reproduce STUDY [--force]    run what is not there yet, and say whether it was reproduced
+    python -m pursuhint_lib.pipeline status STUDY                 where the study stands; runs nothing
+    python -m pursuhint_lib.pipeline check STUDY                  is params/STUDY.yaml fit to run? runs nothing
+
+The driver owns each stage. It executes the notebook through papermill (only here) with this environment's own
+interpreter, creates and closes the MLflow run, and writes the stage's record; it believes neither the notebook's metadata
+(papermill marks the cells of a dead kernel "completed") nor an exit code (``sys.exit(0)`` in a cell is no success).
+papermill works in a second thread, so that the first one can draw the live line, watch the kernel's memory and answer
+Ctrl-C at once.
+
+Every expected error ends with one line and a status other than 0; ``PURSUHINT_DEBUG=1`` shows the traceback.
+"""
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import importlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pursuhint_lib import records
+from pursuhint_lib.live import LiveLine, stage_line, study_seconds_left
+from pursuhint_lib.params import ParameterError, check_names, load_params, nearest, study_file
+from pursuhint_lib.progress import duration, read_progress
+from pursuhint_lib.provenance import hardware, memory_limit, source_state, versions
+from pursuhint_lib.records import Stage
+from pursuhint_lib.storage import REPOSITORY, home, read_json, read_table, report_folder, run_folder, save_json, written_whole
+from pursuhint_lib.verdict import Verdict, as_json, judge
+
+STAGES = (
+    Stage(
+        "01_train_teacher",
+        writes=("teacher.safetensors", "students/unaided-s*.safetensors", "baselines.csv", "histories.csv", "timings.csv", "images.json"),
+        compared=("baselines.csv", "histories.csv"),
+        resumes=True,
+        pieces="students/*.safetensors",
+        share=0.25,
+    ),
+    Stage(
+        "02_profile_layers",
+        reads=("01_train_teacher",),
+        writes=("layers_teacher.csv", "layers_student.csv", "similarity_*.csv", "similarity_untrained.csv", "resamples.csv", "probe_sizes.csv"),
+        compared=("layers_teacher.csv", "layers_student.csv", "similarity_*.csv", "resamples.csv"),
+        share=0.07,
+    ),
+    Stage(
+        "03_cluster_layers",
+        reads=("01_train_teacher", "02_profile_layers"),
+        writes=("hint_points.json", "clusters.csv", "scores.csv", "stability.csv"),
+        compared=("hint_points.json", "clusters.csv", "scores.csv", "stability.csv"),
+        share=0.05,
+    ),
+    Stage(
+        "04_distill_students",
+        reads=("01_train_teacher", "02_profile_layers", "03_cluster_layers"),
+        writes=("students/*.safetensors", "students.csv", "pairs.csv", "histories.csv", "timings.csv"),
+        compared=("students.csv", "pairs.csv", "histories.csv"),
+        resumes=True,
+        pieces="students/*.safetensors",
+        share=0.55,
+    ),
+    Stage(
+        "05_evaluate",
+        reads=("01_train_teacher", "02_profile_layers", "03_cluster_layers", "04_distill_students"),
+        writes=("results.csv", "summary.csv"),
+        shows=("report.html", "tables/results.csv", "tables/summary.csv"),
+        compared=("results.csv", "summary.csv"),
+        share=0.08,
+    ),
+)
+RESULTS = "results.csv"  # of the last stage: what the verdict looks at
+PREVIOUS = "previous"  # runs/<study>/previous/: tables and records that the verdict compares with
+SET_ASIDE = "set_aside"
+_UNFINISHED = ("running", "failed", "interrupted", "killed")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a study is made from; tests put toys in their place."""
+
+    stages: tuple[Stage, ...] = STAGES
+    notebooks: Path = REPOSITORY / "notebooks"
+    library: Path = REPOSITORY / "pursuhint_lib"
+    lock: Path = REPOSITORY / "requirements.lock"
+    find: Callable[[str], Path] = study_file
+    load: Callable[[Path], Mapping[str, Any]] = load_params
+    check: Callable[[Mapping[str, Any], str], None] = check_names
+
+    def notebook(self, stage: Stage) -> Path:
+        """Where a stage's notebook is."""
+        return self.notebooks / f"{stage.name}.ipynb"
+
+
+class StageFailed(RuntimeError):
+    """A stage did not end well. The text is one line: stage, cell, error, where the notebook is kept."""
+
+
+class StudyBusy(RuntimeError):
+    """Another driver runs this study."""
+
+
+class Stopped(Exception):
+    """A signal asked the driver to stop."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+# --- Commands
+
+
+def main(arguments: list[str] | None = None, sources: Sources | None = None) -> int:
+    """Run a command line; returns the exit status (0, 1, or 128 + the number of the signal that stopped it)."""
+    parser = argparse.ArgumentParser(prog="python -m pursuhint_lib.pipeline", description="Run a study's notebooks in order.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb, text in (
+        ("reproduce", "run what is not there yet, end with a verdict"),
+        ("status", "say where the study stands"),
+        ("check", "check the study's parameters"),
+    ):
+        command = verbs.add_parser(verb, help=text)
+        command.add_argument("study", help="a name in params/, for example digits")
+        if verb == "reproduce":
+            command.add_argument("--force", action="store_true", help="run every notebook again and train every model again")
+    options = parser.parse_args(arguments)
+    sources = sources or Sources()
+    with _signals() as stop:
+        try:
+            if options.verb == "reproduce":
+                reproduce(options.study, force=options.force, sources=sources, stop=stop)
+            elif options.verb == "status":
+                print(describe(options.study, sources))
+            else:
+                print(check(options.study, sources))
+        except Stopped as stopped:
+            return 128 + stopped.signum
+        except Exception as error:
+            if os.environ.get("PURSUHINT_DEBUG"):
+                traceback.print_exc()
+            print(_one_line(error), file=sys.stderr)
+            return 1
+    return 0
+
+
+def check(study: str, sources: Sources) -> str:
+    """Check a study's parameters against their types, the notebooks and the library. Returns one line.
+
+    Raises ParameterError.
+    """
+    params, file = _parameters(study, sources)
+    sources.check(params, file)
+    return f"{file}: fit to run"
+
+
+def reproduce(study: str, *, force: bool, sources: Sources, stop: "_StopFlag") -> None:
+    """Run the stages of a study that are not there yet and print what came of it.
+
+    Raises ParameterError, StageFailed, StudyBusy, Stopped, and what the system raises (a full disk).
+    """
+    params, file = _parameters(study, sources)
+    with _study_lock(study):
+        Driver(study, params, file, sources, stop).run(force)
+
+
+def describe(study: str, sources: Sources) -> str:
+    """Where a study stands, in a few lines. Looks only."""
+    params, _ = _parameters(study, sources)
+    status, busy = read_status(study), _is_busy(study)
+    lines = [f"study {study}: {_state_text(study, status, busy, sources)}"]
+    earlier: dict[str, dict] = {}
+    for stage in sources.stages:
+        record, reason = _standing(study, stage, params, sources, earlier)
+        if stage.name in status.get("to_redo", ()):
+            reason = "is to be made again (--force)"
+        if reason and busy and status.get("stage") == stage.name:
+            reason = "running"
+        lines.append(f"  {stage.name}: {reason or 'done, ' + duration(record['seconds'])}")
+        if reason:
+            lines += [f"  {later.name}: waits" for later in sources.stages[sources.stages.index(stage) + 1 :]]
+            break
+        earlier[stage.name] = record
+    return "\n".join(lines)
+
+
+def _parameters(study: str, sources: Sources) -> tuple[Mapping[str, Any], str]:
+    """Checked parameters of every stage, and the file's name for messages. No name may be known to one side only."""
+    path = sources.find(study)
+    file = f"{path.parent.name}/{path.name}"
+    params = sources.load(path)
+    for stage in sources.stages:
+        notebook = sources.notebook(stage)
+        declared, given = records.declared_parameters(notebook), list(params[stage.name].model_dump())
+        unknown = [name for name in given if name not in declared]  # papermill only warns of these
+        unset = [name for name in declared if name not in given]
+        if unknown:
+            raise ParameterError(
+                f"{file}: {unknown[0]}: the parameters cell of {notebook.parent.name}/{notebook.name} does not declare it"
+                f"{nearest(unknown[0], declared)} (declared: {', '.join(declared)})"
+            )
+        if unset:
+            raise ParameterError(
+                f"{file}: {unset[0]}: declared in the parameters cell of {notebook.parent.name}/{notebook.name}, but "
+                f"no parameter of {stage.name}{nearest(unset[0], given)} (parameters: {', '.join(given)})"
+            )
+    return params, file
+
+
+def _standing(
+    study: str, stage: Stage, params: Mapping[str, Any], sources: Sources, earlier: Mapping[str, dict]
+) -> tuple[dict | None, str]:
+    """The record of a stage, and why the stage has to run ("" when it holds)."""
+    folder, reports = _folders(study, stage.name)
+    record = records.read_record(folder)
+    if record is None:
+        return None, "not done yet"
+    inputs = _inputs(stage, params, sources, earlier)
+    if record["key"] != records.key_of(inputs):
+        return record, records.what_changed(record["inputs"], inputs)
+    changed = records.changed_outputs(record, folder, reports)
+    return record, f"output {changed[0]} is gone or changed" if changed else ""
+
+
+def _inputs(stage: Stage, params: Mapping[str, Any], sources: Sources, earlier: Mapping[str, dict]) -> dict[str, Any]:
+    parameters = params[stage.name].model_dump(mode="json")
+    return records.inputs_of(stage, parameters, sources.notebook(stage), sources.library, sources.lock, earlier)
+
+
+def _folders(study: str, stage: str) -> tuple[Path, Path]:
+    return home() / "runs" / study / stage, home() / "reports" / study
+
+
+# --- The driver
+
+
+class Driver:
+    """One run of one study, under the study's lock."""
+
+    def __init__(self, study: str, params: Mapping[str, Any], file: str, sources: Sources, stop: "_StopFlag"):
+        self.study, self.params, self.file, self.sources, self.stop = study, params, file, sources, stop
+        self.live = LiveLine()
+        self.status = read_status(study)
+        self.past: dict[str, float] = dict(self.status.get("seconds", {}))  # what stages took, for the forecast
+        self.spent: dict[str, float] = dict(self.status.get("spent", {}))  # by unfinished attempts at a stage
+        self.records: dict[str, dict] = {}
+        self.prepared = False
+        self.ran = 0
+
+    def run(self, force: bool) -> None:
+        """Go through the stages."""
+        started = time.time()
+        died = self.status.get("state") == "running"
+        if died:
+            self._tell_of_death()
+        to_redo = [stage.name for stage in self.sources.stages] if force else list(self.status.get("to_redo", ()))
+        for number, stage in enumerate(self.sources.stages, start=1):
+            self.stop.check()
+            place = f"[{number}/{len(self.sources.stages)}]"
+            record, reason = _standing(self.study, stage, self.params, self.sources, self.records)
+            if stage.name in to_redo:
+                reason = "forced"
+            if reason:
+                self._prepare(to_redo)
+                record = self._run_stage(stage, place, reason, record, to_redo)
+                self.ran += 1
+            else:
+                self._restore_notebook(stage)
+                if self.prepared:
+                    self.live.say(f"{place} {stage.name}: done before, kept")
+            self.records[stage.name] = record
+        if not self.ran and not died and self.status.get("state") == "finished":
+            self._nothing_to_do()
+            return
+        if died and not self.ran:
+            self._prepare(to_redo)  # closes the dead run's MLflow runs
+        self._finish(time.time() - started)
+
+    # Before the first stage that has to run
+
+    def _prepare(self, to_redo: list[str]) -> None:
+        """What a run with nothing to do never pays for: names checked with torch, the tracker, papermill."""
+        if self.prepared:
+            return
+        self.sources.check(self.params, self.file)
+        tracking = _tracking()
+        if (old := tracking.relocate()) is not None:
+            self.live.say(f"the folder has moved: MLflow's artifacts were at {old}, their addresses were replaced")
+        tracking.open_experiment(self.study)
+        tracking.sweep_dead_runs(self.study)
+        if self.status.get("state") not in _UNFINISHED:
+            self._keep_previous()
+        self._save_status(state="running", stage="", progress="", to_redo=to_redo)
+        importlib.import_module("papermill")
+        self.prepared = True
+
+    def _keep_previous(self) -> None:
+        """Set aside what the verdict will compare with: the last whole run here, else the published one."""
+        last = self.sources.stages[-1]
+        folder, reports = _folders(self.study, last.name)
+        target = run_folder(self.study, PREVIOUS)
+        shutil.rmtree(target)
+        found = {stage.name: records.read_record(_folders(self.study, stage.name)[0]) for stage in self.sources.stages}
+        results = folder / RESULTS
+        whole = all(found.values()) and results.exists() and found[last.name]["outputs"].get(RESULTS) == records.sha256(results)
+        if not whole:
+            results, found = reports / "tables" / RESULTS, {}
+            if not results.exists():
+                return
+            if (reports / "records.json").exists():
+                found = read_json(reports / "records.json")
+        target.mkdir()
+        shutil.copyfile(results, target / RESULTS)
+        save_json(found, target / "records.json")
+
+    def _tell_of_death(self) -> None:
+        """The last driver is dead and could say nothing: say it for it, and see that its kernel is gone."""
+        status = self.status
+        if status.get("host") == socket.gethostname():
+            _end_process(status.get("kernel"))
+        stage = status.get("stage", "")
+        heartbeat = read_progress(_folders(self.study, stage)[0]) if stage else None
+        if heartbeat and heartbeat["updated"] >= status.get("stage_started", 0):
+            status["progress"] = _progress_text(heartbeat)
+            self.spent[stage] = self.spent.get(stage, 0.0) + heartbeat["updated"] - status["stage_started"]
+        self.live.say(f"the last run was killed {_where(status)}; kept: {_kept(self.study, self.sources)}; going on from there")
+
+    # One stage
+
+    def _run_stage(self, stage: Stage, place: str, reason: str, old: dict | None, to_redo: list[str]) -> dict:
+        folder = run_folder(self.study, stage.name)
+        _, reports = _folders(self.study, stage.name)
+        inputs = _inputs(stage, self.params, self.sources, self.records)
+        self.live.say(f"{place} {stage.name} ({reason})")
+        self._clear(stage, folder, reports, old, forced=stage.name in to_redo)
+        if stage.name in to_redo:
+            to_redo.remove(stage.name)
+        started = time.time()
+        self._save_status(state="running", stage=stage.name, progress="", stage_started=started, to_redo=to_redo, kernel=None)
+        tracking = _tracking()
+        source = source_state(REPOSITORY)
+        experiment_id = tracking.open_experiment(self.study)
+        parameters = self.params[stage.name].model_dump(mode="json")
+        run_id = tracking.create_run(self.study, stage.name, tags={"lock": inputs["lock"]}, params=parameters)
+        environment = kernel_environment(parameters.get("threads")) | tracking.environment(experiment_id, run_id)
+        execution = Execution(self.sources.notebook(stage), folder, parameters, environment)
+        try:
+            notebook = self._watch(stage, place, started, execution)
+            _publish(notebook, folder, report_folder(self.study, "notebooks") / f"{stage.name}.ipynb")
+            outputs = records.outputs_of(stage, folder, reports)
+        except BaseException as error:
+            self._close_failed(stage, started, run_id, error)
+            raise
+        seconds = time.time() - started + self.spent.pop(stage.name, 0.0)
+        self.past[stage.name] = seconds
+        runs = self._log_files(run_id, stage, folder)
+        record = {
+            "stage": stage.name,
+            "key": records.key_of(inputs),
+            "inputs": inputs,
+            "outputs": outputs,
+            "runs": runs,
+            "source": source,
+            "versions": versions(),
+            "hardware": hardware(),
+            "threads": parameters.get("threads"),
+            "peak_memory_gb": round(execution.peak_bytes / 2**30, 2),
+            "started": _stamp(started),
+            "ended": _stamp(time.time()),
+            "seconds": round(seconds, 1),
+        }
+        save_json(record, folder / records.RECORD)  # last: from here on the stage is done
+        self._save_status(stage=stage.name, progress="", kernel=None)
+        self.live.say(f"{place} {stage.name}: done in {duration(time.time() - started)}")
+        return record
+
+    def _clear(self, stage: Stage, folder: Path, reports: Path, old: dict | None, *, forced: bool) -> None:
+        """Make the stage's folder ready: empty, or with what the notebook itself can go on from."""
+        (folder / records.RECORD).unlink(missing_ok=True)
+        if forced or not stage.resumes:
+            shutil.rmtree(folder)
+            folder.mkdir()
+            return
+        for name in ("progress.json", records.FAILED, records.RUNNING):
+            (folder / name).unlink(missing_ok=True)
+        for partial in folder.rglob(".*.partial*"):  # of a killed writer
+            partial.unlink(missing_ok=True)
+        for name in records.changed_outputs(old, folder, reports) if old else ():
+            path = records.output_path(name, folder, reports)
+            if path.exists():
+                aside = run_folder(self.study, SET_ASIDE) / stage.name / name
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, aside)
+                self.live.say(f"{name} is not what was recorded: moved to {_short(aside)}, made again")
+
+    def _watch(self, stage: Stage, place: str, started: float, execution: "Execution") -> dict:
+        """Wait for the notebook, drawing the live line. Returns the executed notebook; raises StageFailed or Stopped."""
+        names = [one.name for one in self.sources.stages]
+        later = names[names.index(stage.name) + 1 :]
+        shares = {one.name: one.share for one in self.sources.stages}
+        execution.start()
+        kernel = None
+        while not execution.wait(0.2):
+            if self.stop.signum is not None:
+                execution.kill()
+                self.stop.check()
+            execution.look()
+            if execution.kernel != kernel:
+                kernel = execution.kernel
+                self._save_status(kernel=kernel)
+            heartbeat, now = read_progress(execution.folder), time.time()
+            left, study_left = study_seconds_left(stage.name, later, now - started, heartbeat, self.past, shares, now)
+            self.live.draw(stage_line(place, stage.name, heartbeat, left, study_left))
+        self.live.clear()
+        return execution.result(stage.name)
+
+    def _close_failed(self, stage: Stage, started: float, run_id: str, error: BaseException) -> None:
+        """Tell the truth in every place; whatever cannot be written (a full disk) must not hide the error itself."""
+        stopped = isinstance(error, Stopped)
+        self.live.clear()
+        self.spent[stage.name] = self.spent.get(stage.name, 0.0) + time.time() - started
+        heartbeat = read_progress(run_folder(self.study, stage.name))
+        state = "interrupted" if stopped else "failed"
+        with contextlib.suppress(Exception):
+            text = _progress_text(heartbeat) if heartbeat else ""
+            self._save_status(state=state, progress=text, kernel=None, message="" if stopped else _one_line(error))
+        with contextlib.suppress(Exception):
+            _tracking().finish_run(run_id, "KILLED" if stopped else "FAILED")
+        if stopped:
+            what = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}[error.signum]
+            where = _where(self.status)
+            print(
+                f"stopped by {what} {where}; kept: {_kept(self.study, self.sources)}; "
+                f"'{_command('reproduce', self.study)}' goes on from there",
+                file=sys.stderr,
+            )
+
+    def _log_files(self, run_id: str, stage: Stage, folder: Path) -> dict[str, Any]:
+        """Close the run, with the stage's files. Returns its id and those of its models. A failing tracker costs no result."""
+        tracking = _tracking()
+        try:
+            tracking.log_stage_files(run_id, folder)
+            table = tracking.run_table(self.study, stage.name)
+            tracking.finish_run(run_id, "FINISHED")
+        except tracking.TrackingError as error:
+            self.live.say(f"warning: {error}")
+            return {"notebook": run_id, "models": {}}
+        return {"notebook": run_id, "models": {f"{row.arm}-s{row.seed}": row.run_id for row in table.itertuples()}}
+
+    def _restore_notebook(self, stage: Stage) -> None:
+        folder, reports = _folders(self.study, stage.name)
+        copy = reports / "notebooks" / f"{stage.name}.ipynb"
+        if not copy.exists():
+            _copy_whole(folder / records.EXECUTED, copy)
+
+    # After the last stage
+
+    def _nothing_to_do(self) -> None:
+        verdict = _read_verdict(self.study)
+        took = sum(record["seconds"] for record in self.records.values())
+        ended = max(record["ended"] for record in self.records.values())
+        self.live.say(f"nothing to do: all {len(self.records)} notebooks of {self.study} are done (last {ended}, {duration(took)} in all)")
+        self.live.say(f"verdict of the last run: {verdict['text']}")
+        self.live.say(f"report: {self._report()}")
+
+    def _finish(self, seconds: float) -> None:
+        verdict = self._verdict()
+        reports = report_folder(self.study)
+        save_json(self.records, reports / "records.json")
+        save_json(as_json(verdict) | {"ended": _stamp(time.time())}, run_folder(self.study) / "verdict.json")
+        self._save_status(state="finished", stage="", progress="", to_redo=[], kernel=None, message="")
+        self.live.say(f"study {self.study}: done in {duration(seconds)}")
+        tracking = _tracking()
+        with contextlib.suppress(tracking.TrackingError):
+            self.live.say(f"compare the runs (after 'make ui'): {tracking.compare_link(self.study)}")
+        self.live.say(f"verdict: {verdict.text}")
+        self.live.say(f"report: {self._report()}")
+
+    def _verdict(self) -> Verdict:
+        folder = home() / "runs" / self.study
+        previous = folder / PREVIOUS
+        old_table = previous / RESULTS
+        if not old_table.exists():
+            return judge(None, None, {}, {})
+        old = read_json(previous / "records.json")
+        new_table = folder / self.sources.stages[-1].name / RESULTS
+        changed = [
+            f"{key} {before!r} -> {now!r}"
+            for name, record in self.records.items()
+            if name in old
+            for key, before, now in records.differences(old[name]["inputs"]["parameters"], record["inputs"]["parameters"])
+        ]
+        old_digests = self._compared(old) or {f"{self.sources.stages[-1].name}/{RESULTS}": records.sha256(old_table)}
+        return judge(
+            read_table(old_table), read_table(new_table), old_digests, self._compared(self.records), ", ".join(dict.fromkeys(changed))
+        )
+
+    def _compared(self, found: Mapping[str, dict]) -> dict[str, str]:
+        """sha256 of each table that counts, by ``stage/name``."""
+        return {
+            f"{stage.name}/{name}": digest
+            for stage in self.sources.stages
+            if stage.name in found
+            for name, digest in records.matching(found[stage.name]["outputs"], stage.compared).items()
+        }
+
+    def _report(self) -> str:
+        reports = home() / "reports" / self.study
+        page = reports / "report.html"
+        return _short(page if page.exists() else reports)
+
+    def _save_status(self, **changes: Any) -> None:
+        self.status |= {"study": self.study, "pid": os.getpid(), "host": socket.gethostname(), "updated": time.time()} | changes
+        self.status |= {"seconds": self.past, "spent": self.spent}
+        self.status.setdefault("started", time.time())
+        if changes.get("state") == "running" and not self.prepared:
+            self.status["started"] = time.time()
+        save_json(self.status, run_folder(self.study) / "status.json")
+
+
+# --- One notebook
+
+
+class Execution:
+    """A notebook, executed by papermill in a second thread."""
+
+    def __init__(self, notebook: Path, folder: Path, parameters: Mapping[str, Any], environment: Mapping[str, str]):
+        self.notebook, self.folder = notebook, folder
+        self.parameters, self.environment = dict(parameters), dict(environment)
+        self.kernel: dict[str, Any] | None = None  # {"pid", "created"} of the kernel's process
+        self.peak_bytes = 0
+        self._error: BaseException | None = None
+        self._executed: Any = None
+        self._killed = False
+        self._looked = 0.0
+        self._thread = threading.Thread(target=self._execute, name="papermill", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long; True when the notebook has ended, well or not."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def kill(self) -> None:
+        """End the kernel and every process it started."""
+        self._killed = True
+        for process in self._kernel_processes():
+            with contextlib.suppress(Exception):  # it may have ended by itself
+                process.kill()
+        self._thread.join(15)
+        (self.folder / records.RUNNING).unlink(missing_ok=True)  # papermill has marked its cells "completed"
+
+    def look(self) -> None:
+        """Note who the kernel is and how much memory it and its children hold. Costs little: at most once a second."""
+        if time.monotonic() - self._looked < 1:
+            return
+        self._looked = time.monotonic()
+        import psutil
+
+        total = 0
+        for process in self._kernel_processes():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        self.peak_bytes = max(self.peak_bytes, total)
+
+    def _kernel_processes(self) -> list[Any]:
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.Error):
+                    if "ipykernel_launcher" in child.cmdline():
+                        self.kernel = {"pid": child.pid, "created": child.create_time()}
+                        return [child, *child.children(recursive=True)]
+        return []
+
+    def result(self, stage: str) -> dict:
+        """The executed notebook. Raises StageFailed, one line, when it did not run through."""
+        import papermill
+        from nbclient.exceptions import DeadKernelError
+
+        error = self._error
+        if isinstance(error, DeadKernelError):
+            cell = self._mark_dead_cell()
+            peak = f"peak memory {self.peak_bytes / 2**30:.1f} GB of {memory_limit() / 2**30:.1f} GB" if self.peak_bytes else "peak memory unknown"
+            raise StageFailed(f"{stage}: the kernel died in cell {cell} ({peak}): likely out of memory, or killed from outside{self._kept()}")
+        if isinstance(error, papermill.PapermillExecutionError):
+            reason = f"{error.ename}: {_first_line(error.evalue)}"
+            raise StageFailed(f"{stage} stopped in cell [{error.exec_count}]: {reason}{self._kept()}")
+        if error is not None:
+            raise StageFailed(f"{stage} could not be executed: {_one_line(error)}{self._kept()}") from error
+        for cell in self._executed.cells:
+            if cell.cell_type != "code" or not cell.source.strip():
+                continue
+            errors = [output for output in cell.outputs if output.output_type == "error"]
+            if errors or cell.execution_count is None:
+                reason = f"{errors[0].ename}: {_first_line(errors[0].evalue)}" if errors else "it was not run"
+                raise StageFailed(f"{stage} ended early in cell [{cell.execution_count or '-'}]: {reason}{self._kept()}")
+        return self._executed
+
+    def _kept(self) -> str:
+        """Keep the notebook as it stopped, and say where."""
+        with contextlib.suppress(OSError):
+            os.replace(self.folder / records.RUNNING, self.folder / records.FAILED)
+            return f"; notebook as it stopped: {_short(self.folder / records.FAILED)}"
+        return ""
+
+    def _mark_dead_cell(self) -> str:
+        """papermill marks every cell of a dead kernel "completed": put that right. Returns the number of the cell that died."""
+        path = self.folder / records.RUNNING
+        try:
+            notebook = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return "[?]"
+        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        begun = [cell for cell in notebook["cells"] if cell["metadata"].get("papermill", {}).get("start_time")]
+        for cell in notebook["cells"]:
+            if cell not in begun:
+                cell["metadata"].setdefault("papermill", {})["status"] = "pending"
+        if begun:
+            begun[-1]["metadata"]["papermill"] |= {"status": "failed", "exception": True}
+        notebook["metadata"].setdefault("papermill", {})["exception"] = True
+        with contextlib.suppress(OSError):
+            path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False), encoding="utf-8")
+        return f"[{sum(cell in begun for cell in code)}]"
+
+    def _execute(self) -> None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="pursuhint-") as private, _environ(self.environment | _private(private)):
+                try:
+                    self._papermill()
+                except RuntimeError as error:
+                    # jupyter_client reports a kernel that did not start so; once it may be a port taken by another program.
+                    if self._killed or "Kernel d" not in str(error) or _has_begun(self.folder / records.RUNNING):
+                        raise
+                    self._papermill()
+        except BaseException as error:  # handed to the first thread
+            self._error = error
+
+    def _papermill(self) -> None:
+        import logging
+
+        import papermill
+
+        logging.getLogger("papermill").setLevel(logging.ERROR)
+        logging.getLogger("traitlets").setLevel(logging.ERROR)
+        self._executed = papermill.execute_notebook(
+            _literal(self.notebook),
+            _literal(self.folder / records.RUNNING),
+            parameters=self.parameters,
+            kernel_name="python3",
+            language="python",
+            cwd=str(self.notebook.parent),  # as in JupyterLab
+            progress_bar=False,
+            log_output=False,
+            start_timeout=120,
+            coalesce_streams=True,
+            extra_arguments=["--log-level=40"],  # ipykernel would warn about its local TCP at every start
+        )
+
+
+def kernel_environment(threads: int | None) -> dict[str, str]:
+    """Environment of a notebook's kernel: this interpreter, this repository, a fixed number of threads, no surprises."""
+    environment = {
+        # Only this environment's kernel may be found: a kernel of the same name in the user's home or in another Jupyter wins otherwise.
+        "JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter"),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "PURSUHINT_HOME": str(home()),
+        "PURSUHINT_PREFIX": sys.prefix,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
+        "PYTHONHASHSEED": "0",  # the order of sets must not differ between equal runs
+        "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # the debugger's remark on frozen modules
+    }
+    if threads:
+        environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    return environment
+
+
+def _private(folder: str) -> dict[str, str]:
+    # The user's IPython start-up files and history, and a home that cannot be written, must not matter.
+    return {"IPYTHONDIR": f"{folder}/ipython", "JUPYTER_RUNTIME_DIR": f"{folder}/runtime"}
+
+
+@contextlib.contextmanager
+def _environ(changes: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(changes)
+    os.environ.pop("MPLBACKEND", None)  # figures belong in the notebook
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _literal(path: Path) -> str:
+    """papermill formats paths with the parameters: braces in a folder's name have to be doubled."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _has_begun(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return any(cell.get("execution_count") for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
+    return False
+
+
+def _publish(notebook: Any, folder: Path, target: Path) -> None:
+    """Keep the executed notebook in the stage's folder and in the reports, without a trace of this machine's folders."""
+    running = folder / records.RUNNING
+    papermill = notebook.metadata.papermill
+    old = (papermill.input_path, papermill.output_path)
+    papermill.input_path = f"notebooks/{target.name}"
+    papermill.output_path = f"reports/{target.parent.parent.name}/notebooks/{target.name}"
+    import nbformat
+
+    text = nbformat.writes(notebook)
+    papermill.input_path, papermill.output_path = old
+    for place in sorted({str(REPOSITORY), str(home()), sys.prefix, str(Path.home())}, key=len, reverse=True):
+        if len(place) > 1:
+            text = text.replace(json.dumps(place)[1:-1] + "/", "")
+    with written_whole(folder / records.EXECUTED) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    _copy_whole(folder / records.EXECUTED, target)
+    running.unlink(missing_ok=True)
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    with written_whole(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+# --- Status, lock, signals
+
+
+def read_status(study: str) -> dict[str, Any]:
+    """What the last driver wrote of itself, {} when there was none or it cannot be read."""
+    try:
+        status = json.loads((home() / "runs" / study / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def _state_text(study: str, status: Mapping[str, Any], busy: bool, sources: Sources) -> str:
+    stage = status.get("stage", "")
+    heartbeat = read_progress(home() / "runs" / study / stage) if stage else None
+    now = dict(status)
+    if heartbeat and heartbeat["updated"] >= status.get("stage_started", 0):
+        now["progress"] = _progress_text(heartbeat)
+    if busy:
+        left = heartbeat.get("eta_s") if heartbeat else None
+        return f"running {_where(now)}" + (f", {duration(left)} left of it" if left is not None else "") + f" (process {status.get('pid')})"
+    going_on = f"kept: {_kept(study, sources)}; '{_command('reproduce', study)}' goes on from there"
+    match status.get("state"):
+        case None:
+            return "not run yet"
+        case "finished":
+            return f"finished; {_read_verdict(study)['text']}"
+        case "running" if status.get("host") != socket.gethostname():
+            return f"last seen running on {status.get('host')} {_where(now)}; {going_on}"
+        case "running":
+            return f"was killed {_where(now)}; {going_on}"
+        case "failed":
+            return f"failed: {status.get('message')}; {going_on}"
+        case _:
+            return f"was interrupted {_where(now)}; {going_on}"
+
+
+def _where(status: Mapping[str, Any]) -> str:
+    if not status.get("stage"):
+        return "between two notebooks"
+    return f"during {status['stage']}" + (f" ({status['progress']})" if status.get("progress") else "")
+
+
+def _progress_text(heartbeat: Mapping[str, Any]) -> str:
+    return f"{heartbeat['done']}/{heartbeat['total']}, {heartbeat['text']}"
+
+
+def _kept(study: str, sources: Sources) -> str:
+    """What a stopped run leaves, for example ``01_train_teacher, 02_profile_layers and 12 finished models``."""
+    done, pieces = [], 0
+    for stage in sources.stages:
+        folder, _ = _folders(study, stage.name)
+        if records.read_record(folder) is not None:
+            done.append(stage.name)
+        elif stage.pieces:
+            pieces += sum(not path.name.startswith(".") for path in folder.glob(stage.pieces))
+    parts = [", ".join(done)] if done else []
+    parts += [f"{pieces} finished students"] if pieces else []
+    return " and ".join(parts) or "nothing was finished yet"
+
+
+def _read_verdict(study: str) -> dict[str, Any]:
+    try:
+        return json.loads((home() / "runs" / study / "verdict.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"verdict": "", "text": "not known"}
+
+
+@contextlib.contextmanager
+def _study_lock(study: str) -> Iterator[None]:
+    """Hold the study. The system lets go of it when the process ends, however it ends, so it is never stale."""
+    with open(run_folder(study) / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            status = read_status(study)
+            raise StudyBusy(
+                f"study {study} is being run by process {status.get('pid', '?')} on {status.get('host', 'this machine')}; "
+                f"'{_command('status', study)}' shows how far it is"
+            ) from None
+        yield
+
+
+def _is_busy(study: str) -> bool:
+    path = home() / "runs" / study / ".lock"
+    if not path.exists():
+        return False
+    with open(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _end_process(kernel: Mapping[str, Any] | None) -> None:
+    """See that a dead driver's kernel, which ends by itself within seconds, does not write beside its successor."""
+    if not kernel:
+        return
+    import psutil
+
+    try:
+        process = psutil.Process(kernel["pid"])
+        if abs(process.create_time() - kernel["created"]) > 1:
+            return  # the number was used again
+        family = [process, *process.children(recursive=True)]
+        _, alive = psutil.wait_procs(family, timeout=4)
+        for one in alive:
+            one.kill()
+        psutil.wait_procs(alive, timeout=4)
+    except psutil.Error:
+        return
+
+
+class _StopFlag:
+    """Remembers a signal; `check` raises Stopped for it."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def check(self) -> None:
+        if self.signum is not None:
+            raise Stopped(self.signum)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_StopFlag]:
+    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; a second one ends the driver at once.
+
+    A shell without job control starts background commands with SIGINT ignored; here it is heeded all the same.
+    """
+    flag = _StopFlag()
+
+    def note(signum: int, _frame: Any) -> None:
+        if flag.signum is not None:
+            os._exit(128 + signum)
+        flag.signum = signum
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue  # nohup
+            before[signum] = signal.signal(signum, note)
+    try:
+        yield flag
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+# --- Words
+
+
+def _tracking() -> Any:
+    """`tracking`, imported when something runs."""
+    return importlib.import_module("pursuhint_lib.tracking")
+
+
+def _command(verb: str, study: str) -> str:
+    return f"make reproduce STUDY={study}" if verb == "reproduce" else f"python -m pursuhint_lib.pipeline {verb} {shlex.quote(study)}"
+
+
+def _one_line(error: BaseException) -> str:
+    """An error in one line; a full disk says what to do."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC or "No space left on device" in str(cause):
+            return f"the disk is full ({_short(home())}, {shutil.disk_usage(home()).free / 2**20:.0f} MB free): {_first_line(error)}; make room, the same command goes on"
+        cause = cause.__cause__
+    expected = isinstance(error, (ParameterError, StageFailed, StudyBusy, FileNotFoundError, ValueError)) or type(error).__name__ == "TrackingError"
+    text = _first_line(error)
+    return text if expected and text else f"{type(error).__name__}: {text} (PURSUHINT_DEBUG=1 shows where)"
+
+
+def _first_line(text: Any) -> str:
+    import re
+
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text))
+    return next((line.strip() for line in plain.splitlines() if line.strip()), "")[:1000]
+
+
+def _short(path: Path) -> str:
+    """A path as seen from where the command was given, when it lies below."""
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+def _stamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

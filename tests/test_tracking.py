@@ -1,0 +1,259 @@
+"""Runs in MLflow: one store, honest ends, nothing logged twice, nothing sent."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.parse
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pursuhint_lib import tracking
+from pursuhint_lib.storage import REPOSITORY, run_folder
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory):
+    """The file of a store that was just created: creating it takes seconds, copying it does not."""
+    folder = tmp_path_factory.mktemp("empty")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PURSUHINT_HOME", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        tracking._client()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def store(home, empty_database):
+    """An empty store in a home of its own."""
+    tracking._LAB_RUNS.clear()
+    shutil.copyfile(empty_database, home / "mlflow.db")
+    return home
+
+
+def history(epochs=3, arms=("at_uniform",), seeds=(0,)):
+    rows = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "epoch": epoch,
+            "learning_rate": 0.1,
+            "loss": 1.0 / epoch,
+            "kd": float("nan") if arm == "unaided" else 0.5,
+            "val_accuracy": 0.5 + epoch / 100,
+            "val_loss": 2.0,
+            "status": "trained",
+            "seconds": 2.0,
+            "finished": 1_700_000_000.0 + 2 * epoch,
+        }
+        for arm in arms
+        for seed in seeds
+        for epoch in range(1, epochs + 1)
+    ]
+    return pd.DataFrame(rows)
+
+
+def client():
+    return tracking._client()
+
+
+def log(run_id, table=None, arm="at_uniform", seed=0, key="k"):
+    run = tracking.StageRun("toy", "04_distill_students", run_id)
+    return run.log_trained_model(arm=arm, seed=seed, history=history() if table is None else table, params={"method": "at"}, key=key)
+
+
+def new_run():
+    return tracking.create_run("toy", "04_distill_students", params={"epochs": 3, "optimizer": {"lr": 0.1}, "seeds": [0, 1]})
+
+
+def test_the_embedded_store_lies_in_the_home_in_wal_mode_with_its_artifacts_beside_it(store, monkeypatch, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    experiment = client().get_experiment(tracking.open_experiment("toy"))
+    assert experiment.name == "pursuhint-toy"
+    assert experiment.artifact_location == (store / "mlartifacts" / "toy").as_uri()
+    assert (store / "mlflow.db").read_bytes()[18] == 2  # the file format version of write-ahead logging
+    assert "compareRunsMode=CHART" in experiment.tags["mlflow.note.content"]
+    assert not list(elsewhere.iterdir())
+
+
+def test_the_tracking_uri_of_the_environment_wins(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/other.db")
+    tracking.open_experiment("toy")
+    assert (store / "other.db").exists() and not (store / "mlflow.db").exists()
+
+
+def test_an_unreachable_tracker_is_one_line(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(tracking.TrackingError) as caught:
+        tracking.open_experiment("toy")
+    assert "\n" not in str(caught.value) and "127.0.0.1" in str(caught.value)
+
+
+def test_a_notebook_run_says_where_it_comes_from(store):
+    run = client().get_run(new_run())
+    assert run.info.status == "RUNNING"
+    assert run.info.run_name == "04 distill students"
+    assert run.data.tags["mlflow.source.name"] == "notebooks/04_distill_students.ipynb"
+    assert run.data.tags["host"] == socket.gethostname()
+    assert {"stage", "study", "mlflow.source.git.commit", "git.dirty", "torch", "threads"} <= run.data.tags.keys()
+    assert run.data.params["optimizer.lr"] == "0.1" and run.data.params["seeds"] == "[0, 1]"
+
+
+def test_a_trained_model_is_logged_with_the_real_time_of_each_epoch(store):
+    parent = new_run()
+    run = client().get_run(log(parent))
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "04 at_uniform s0")
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.info.start_time == 1_700_000_000_000 and run.info.end_time == 1_700_000_006_000
+    curve = client().get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value, point.timestamp) for point in curve] == [
+        (1, 1.0, 1_700_000_002_000),
+        (2, 0.5, 1_700_000_004_000),
+        (3, 1 / 3, 1_700_000_006_000),
+    ]
+    assert run.data.metrics["final/val_acc1"] == run.data.metrics["val/acc1"] == 0.53
+    assert {"train/lr", "train/kd", "val/loss", "final/val_loss"} <= run.data.metrics.keys()
+    assert not any("seconds" in name or "status" in name for name in run.data.metrics)
+
+
+def test_terms_that_an_arm_does_not_have_are_no_metrics(store):
+    run = client().get_run(log(new_run(), history(arms=("unaided", "kd")), arm="unaided"))
+    assert "train/kd" not in run.data.metrics and len(client().get_metric_history(run.info.run_id, "train/loss")) == 3
+
+
+def test_more_than_a_thousand_points_are_logged(store):
+    run_id = log(new_run(), history(epochs=300))
+    assert len(client().get_metric_history(run_id, "val/acc1")) == 300
+
+
+def test_the_same_model_is_logged_once_and_moves_to_the_present_run(store):
+    first, second = new_run(), new_run()
+    run_id = log(first)
+    assert log(second) == run_id
+    assert client().get_run(run_id).data.tags["mlflow.parentRunId"] == second
+    assert len(client().get_metric_history(run_id, "train/loss")) == 3
+
+
+def test_a_model_trained_anew_replaces_the_old_one_in_the_table(store):
+    parent = new_run()
+    old = log(parent, key="before")
+    new = log(parent, key="after")
+    other = log(parent, key="after", arm="at_uniform", seed=1, table=history(seeds=(1,)))
+    assert old != new
+    table = tracking.run_table("toy", "04_distill_students")
+    assert list(table.itertuples(index=False, name=None)) == [("at_uniform", 0, new, "FINISHED"), ("at_uniform", 1, other, "FINISHED")]
+    assert client().get_run(old).data.tags["current"] == "no"
+
+
+def test_a_model_with_the_same_key_but_other_numbers_is_logged_anew(store):
+    parent, other = new_run(), history()
+    other["loss"] *= 1.01
+    assert log(parent) != log(parent, other)
+
+
+def test_runs_of_dead_processes_are_closed_as_killed_and_living_ones_are_left(store):
+    alive, dead, elsewhere = new_run(), new_run(), new_run()
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    client().set_tag(dead, "pid", gone.stdout.strip())
+    client().set_tag(elsewhere, "host", "another-host")
+    client().set_tag(elsewhere, "pid", gone.stdout.strip())
+    assert tracking.sweep_dead_runs("toy") == [dead]
+    statuses = [client().get_run(run_id).info.status for run_id in (alive, dead, elsewhere)]
+    assert statuses == ["RUNNING", "KILLED", "RUNNING"]
+
+
+def test_a_process_number_that_is_used_again_counts_as_dead(store):
+    run_id = new_run()
+    client().set_tag(run_id, "pid_started", "12345")
+    assert tracking.sweep_dead_runs("toy") == [run_id]
+
+
+def test_in_jupyterlab_a_block_creates_and_closes_its_run(store):
+    run_folder("toy", "01_train_teacher").joinpath("baselines.csv").write_text("a\n1\n")
+    with tracking.stage_run("toy", "01_train_teacher", {"epochs": 1}) as run:
+        assert client().get_run(run.run_id).info.status == "RUNNING"
+    assert client().get_run(run.run_id).info.status == "FINISHED"
+    assert [file.path for file in client().list_artifacts(run.run_id)] == ["baselines.csv"]
+    with tracking.stage_run("toy", "01_train_teacher", {"epochs": 1}) as again:
+        assert again.run_id == run.run_id
+    with pytest.raises(ZeroDivisionError), tracking.stage_run("toy", "01_train_teacher", {"epochs": 2}) as failing:
+        1 / 0  # noqa: B018
+    assert failing.run_id != run.run_id
+    assert client().get_run(failing.run_id).info.status == "FAILED"
+
+
+def test_under_the_driver_a_block_joins_its_run_and_leaves_it_open(store, monkeypatch):
+    run_id = new_run()
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    with tracking.stage_run("toy", "04_distill_students", {"epochs": 9}) as run:
+        run.log_metrics({"teacher/val_acc1": 0.7})
+        run.log_dataset("digits", "a" * 64, "training")
+    found = client().get_run(run_id)
+    assert run.run_id == run_id and found.info.status == "RUNNING"
+    assert found.data.metrics == {"teacher/val_acc1": 0.7}
+    assert [(entry.dataset.name, entry.dataset.digest) for entry in found.inputs.dataset_inputs] == [("digits", "a" * 32)]
+
+
+def test_a_failing_tracker_warns_in_one_line_and_does_not_stop_the_training(store):
+    with pytest.warns(UserWarning, match="at_uniform seed 0 was not logged") as caught:
+        assert log("no-such-run", history().drop(columns="epoch")) is None
+    assert "\n" not in str(caught[0].message)
+
+
+def test_tables_and_figures_become_artifacts_and_checkpoints_do_not(store, tmp_path):
+    folder = tmp_path / "stage"
+    (folder / "figures").mkdir(parents=True)
+    for name in ("a.csv", "figures/b.png", "c.safetensors", ".hidden.csv"):
+        (folder / name).write_text("x")
+    run_id = new_run()
+    tracking.log_stage_files(run_id, folder)
+    assert [file.path for file in client().list_artifacts(run_id)] == ["a.csv", "figures"]
+    assert [file.path for file in client().list_artifacts(run_id, "figures")] == ["figures/b.png"]
+
+
+def test_the_compare_link_opens_the_sorted_flat_chart(store):
+    link = tracking.compare_link("toy")
+    address, _, query = link.partition("?")
+    assert address == f"http://127.0.0.1:5000/#/experiments/{tracking.open_experiment('toy')}/runs"
+    assert dict(urllib.parse.parse_qsl(query)) == {
+        "workflowType": "machine_learning",
+        "compareRunsMode": "CHART",
+        "searchFilter": 'tags.stage = "04_distill_students" and tags.current = "yes"',
+        "orderByKey": "metrics.`final/val_acc1`",
+        "orderByAsc": "false",
+    }
+    assert " " not in link
+    log(new_run())
+    found = client().search_runs([tracking.open_experiment("toy")], dict(urllib.parse.parse_qsl(query))["searchFilter"])
+    assert len(found) == 1  # the store understands the filter
+
+
+def test_artifacts_are_found_again_after_the_folder_has_moved(store, monkeypatch, tmp_path_factory):
+    file = store / "table.csv"
+    file.write_text("x")
+    run_id = new_run()
+    client().log_artifact(run_id, str(file))
+    moved = tmp_path_factory.mktemp("moved with space") / "home"
+    os.rename(store, moved)
+    monkeypatch.setenv("PURSUHINT_HOME", str(moved))
+    assert tracking.relocate() == (store / "mlartifacts").as_uri()
+    assert [found.path for found in client().list_artifacts(run_id)] == ["table.csv"]
+    assert tracking.relocate() is None
+
+
+def test_a_fresh_store_survives_several_processes_at_once(home):
+    code = "from pursuhint_lib import tracking; tracking.open_experiment('toy')"
+    command = [sys.executable, "-c", code]
+    crowd = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [one.communicate()[1] for one in crowd]
+    assert [one.returncode for one in crowd] == [0, 0] and errors == ["", ""], errors
+
+
+def test_importing_the_module_does_not_import_mlflow():
+    code = "import sys, pursuhint_lib.tracking; assert not {'mlflow', 'torch'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(REPOSITORY), check=True)
