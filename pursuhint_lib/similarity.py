@@ -358,7 +358,7 @@ def _unknown(what: str, name: str, known: Iterable[str]) -> str:
     return f"{what} {name!r} is unknown: did you mean {nearest[0]!r}? Known: {', '.join(known)}"
 
 
-# ---- Metrics on a profile: (profile, rows) -> (L, L); `rows` are the images for metrics that compare images in pairs ----
+# ---- Metrics on a profile: (profile, rows) -> (L, L); `rows`: the images for metrics that compare images in pairs ----
 
 
 def _r2_cca_table(profile: LayerProfile, rows: Tensor) -> Tensor:

@@ -73,7 +73,14 @@ CYCLE = [
 
 @pytest.mark.parametrize(
     ("n_layers", "n_clusters", "seeds"),
-    [(18, 3, (0, 8, 17)), (54, 3, (0, 26, 53)), (15, 3, (0, 7, 14)), (16, 4, (0, 5, 10, 15)), (6, 1, (2,)), (1, 1, (0,))],
+    [
+        (18, 3, (0, 8, 17)),
+        (54, 3, (0, 26, 53)),
+        (15, 3, (0, 7, 14)),
+        (16, 4, (0, 5, 10, 15)),
+        (6, 1, (2,)),
+        (1, 1, (0,)),
+    ],
 )
 def test_the_seeds_are_the_published_ones(n_layers, n_clusters, seeds):
     assert seed_indices(n_layers, n_clusters) == seeds
@@ -228,7 +235,7 @@ def test_fitting_leaves_the_parameters_and_the_table_alone():
         (lambda s: s[names(1, 0, 2, 3, 4, 5)], "row 'block.0' beside column 'block.1'"),
         (lambda s: s.set_axis(["a"] * 6, axis=0).set_axis(["a"] * 6, axis=1), "names layer 'a' twice"),
         (lambda s: s.replace(0.6, np.nan), "'block.3' and 'block.4' is nan and nan: it must be finite"),
-        (lambda s: s - np.triu(np.full((6, 6), 0.1), 5), "'block.0' and 'block.5' is 0.0 and 0.1: it must be symmetric"),
+        (lambda s: s - np.triu(np.full((6, 6), 0.1), 5), "'block.5' is 0.0 and 0.1: it must be symmetric"),
     ],
 )
 def test_tables_that_are_no_similarity_are_refused_in_one_line(change, complaint):
@@ -347,7 +354,8 @@ def student_points(student, n_hints, rule="stage_ends"):
 
 
 def test_the_first_hint_point_goes_with_the_first_stage_end():
-    pairs = pair_layers(HintPoints("test", names(2, 8, 14)), layer_table(6, 6, 6), layer_table(2, 2, 2, prefix="student"))
+    student = layer_table(2, 2, 2, prefix="student")
+    pairs = pair_layers(HintPoints("test", names(2, 8, 14)), layer_table(6, 6, 6), student)
     assert pairs == [
         HintPair("block.2", "student.1"),
         HintPair("block.8", "student.3"),

@@ -9,6 +9,8 @@ import torch
 from scipy.spatial.distance import pdist, squareform
 from sklearn.cross_decomposition import CCA
 
+from pursuhint_lib.features import FrozenTeacher
+from pursuhint_lib.hints import LayerClustering
 from pursuhint_lib.similarity import METRICS, LayerProfile, linear_cka, pool_features, profile_layers, r2_cca, rbf_cka
 
 PAIRWISE = {"linear_cka": linear_cka, "rbf_cka": rbf_cka, "r2_cca": r2_cca}
@@ -259,6 +261,22 @@ def test_each_image_is_looked_at_once_and_its_maps_are_averaged_over_positions(f
     assert repr(profile) == "LayerProfile(4 layers, 300 images, 26 channels)"
 
 
+def test_the_first_minute_with_a_real_teacher():
+    torch.manual_seed(0)
+    convolutions = [torch.nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(4)]
+    model = torch.nn.Sequential(*convolutions, torch.nn.Flatten(), torch.nn.Linear(8 * 16, 5))
+    images = torch.randn(1100, 3, 4, 4)
+    teacher = FrozenTeacher(model, ["0", "1", "2", "3"])
+    profile = profile_layers(teacher, [SimpleNamespace(images=part) for part in images.split(250)])
+    table = profile.similarity("linear_cka")
+    with torch.no_grad():
+        first = model[0](images)
+        third = model[2](model[1](first))
+    expected = linear_cka(first.mean((2, 3)), third.mean((2, 3))).item()
+    assert table.loc["0", "2"] == pytest.approx(expected, abs=1e-6)
+    assert len(LayerClustering(n_clusters=2).fit(table).hint_points_) == 2
+
+
 def test_half_precision_features_are_pooled_in_float32():
     ones = torch.ones(2, 1, 64, 64, dtype=torch.bfloat16)
     ones[1, 0, 0, 0] = 3
@@ -333,6 +351,8 @@ def test_a_resample_is_a_seeded_half_without_repeats(features):
     assert half.n_images == 150 and half.features.equal(again.features)
     assert len(half.features.unique(dim=0)) == len(profile.features[:150].unique(dim=0)) == 150
     assert not half.features.equal(profile.resample(seeded(12)).features)
+    numbered = LayerProfile.from_features({"number": torch.arange(300.0)[:, None]})
+    assert (numbered.resample(seeded(11)).features.diff(dim=0) > 0).all()  # images keep their order
 
 
 def test_without_kept_features_the_moment_metrics_still_work(features):
