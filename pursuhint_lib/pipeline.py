@@ -20,6 +20,7 @@ import fcntl
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -263,7 +264,14 @@ class Driver:
         self.ran = 0
 
     def run(self, force: bool) -> None:
-        """Go through the stages."""
+        """Go through the stages; however it ends, the status says so."""
+        try:
+            self._go_through(force)
+        except BaseException as error:
+            self._tell_of_end(error)
+            raise
+
+    def _go_through(self, force: bool) -> None:
         started = time.time()
         died = self.status.get("state") == "running"
         if died:
@@ -356,7 +364,8 @@ class Driver:
         source = source_state(REPOSITORY)
         experiment_id = tracking.open_experiment(self.study)
         parameters = self.params[stage.name].model_dump(mode="json")
-        run_id = tracking.create_run(self.study, stage.name, tags={"lock": inputs["lock"]}, params=parameters)
+        tags = {"lock": inputs["lock"]} | ({"threads": parameters["threads"]} if "threads" in parameters else {})
+        run_id = tracking.create_run(self.study, stage.name, tags=tags, params=parameters)
         environment = kernel_environment(parameters.get("threads")) | tracking.environment(experiment_id, run_id)
         execution = Execution(self.sources.notebook(stage), folder, parameters, environment)
         try:
@@ -364,11 +373,13 @@ class Driver:
             _publish(notebook, folder, report_folder(self.study, "notebooks") / f"{stage.name}.ipynb")
             outputs = records.outputs_of(stage, folder, reports)
         except BaseException as error:
-            self._close_failed(stage, started, run_id, error)
+            self.spent[stage.name] = self.spent.get(stage.name, 0.0) + time.time() - started
+            with contextlib.suppress(Exception):
+                tracking.finish_run(run_id, "KILLED" if isinstance(error, Stopped) else "FAILED")
             raise
         seconds = time.time() - started + self.spent.pop(stage.name, 0.0)
         self.past[stage.name] = seconds
-        runs = self._log_files(run_id, stage, folder)
+        runs = self._log_files(run_id, stage)
         record = {
             "stage": stage.name,
             "key": records.key_of(inputs),
@@ -429,32 +440,33 @@ class Driver:
         self.live.clear()
         return execution.result(stage.name)
 
-    def _close_failed(self, stage: Stage, started: float, run_id: str, error: BaseException) -> None:
-        """Tell the truth in every place; whatever cannot be written (a full disk) must not hide the error itself."""
-        stopped = isinstance(error, Stopped)
+    def _tell_of_end(self, error: BaseException) -> None:
+        """Tell the truth after an error or a signal; what cannot be written (a full disk) must not hide the error itself."""
         self.live.clear()
-        self.spent[stage.name] = self.spent.get(stage.name, 0.0) + time.time() - started
-        heartbeat = read_progress(run_folder(self.study, stage.name))
-        state = "interrupted" if stopped else "failed"
-        with contextlib.suppress(Exception):
+        stopped = isinstance(error, Stopped)
+        if self.status.get("state") == "running" and self.prepared:
+            stage = self.status["stage"]
+            heartbeat = read_progress(_folders(self.study, stage)[0]) if stage else None
             text = _progress_text(heartbeat) if heartbeat else ""
-            self._save_status(state=state, progress=text, kernel=None, message="" if stopped else _one_line(error))
-        with contextlib.suppress(Exception):
-            _tracking().finish_run(run_id, "KILLED" if stopped else "FAILED")
+            message = "" if stopped else _one_line(error)
+            with contextlib.suppress(Exception):
+                state = "interrupted" if stopped else "failed"
+                self._save_status(state=state, progress=text, kernel=None, message=message)
         if stopped:
-            what = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}[error.signum]
-            where = _where(self.status)
             print(
-                f"stopped by {what} {where}; kept: {_kept(self.study, self.sources)}; "
-                f"'{_command('reproduce', self.study)}' goes on from there",
+                f"stopped by {'Ctrl-C' if error.signum == signal.SIGINT else error} {_where(self.status)}; "
+                f"kept: {_kept(self.study, self.sources)}; '{_command('reproduce', self.study)}' goes on from there",
                 file=sys.stderr,
             )
 
-    def _log_files(self, run_id: str, stage: Stage, folder: Path) -> dict[str, Any]:
+    def _log_files(self, run_id: str, stage: Stage) -> dict[str, Any]:
         """Close the run, with the stage's files. Returns its id and those of its models. A failing tracker costs no result."""
         tracking = _tracking()
+        folder, reports = _folders(self.study, stage.name)
         try:
             tracking.log_stage_files(run_id, folder)
+            tracking.log_files(run_id, [reports / name for name in stage.shows], "report")
+            tracking.retire_other_models(self.study, stage.name, run_id)
             table = tracking.run_table(self.study, stage.name)
             tracking.finish_run(run_id, "FINISHED")
         except tracking.TrackingError as error:
@@ -562,10 +574,12 @@ class Execution:
     def kill(self) -> None:
         """End the kernel and every process it started."""
         self._killed = True
-        for process in self._kernel_processes():
-            with contextlib.suppress(Exception):  # it may have ended by itself
-                process.kill()
-        self._thread.join(15)
+        end = time.monotonic() + 15
+        while self._thread.is_alive() and time.monotonic() < end:  # again and again: it may only just be starting
+            for process in self._kernel_processes():
+                with contextlib.suppress(Exception):  # it may have ended by itself
+                    process.kill()
+            self._thread.join(0.2)
         (self.folder / records.RUNNING).unlink(missing_ok=True)  # papermill has marked its cells "completed"
 
     def look(self) -> None:
@@ -660,8 +674,8 @@ class Execution:
 
         import papermill
 
-        logging.getLogger("papermill").setLevel(logging.ERROR)
-        logging.getLogger("traitlets").setLevel(logging.ERROR)
+        for name in ("papermill", "traitlets"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the driver says what went wrong, in one line
         self._executed = papermill.execute_notebook(
             _literal(self.notebook),
             _literal(self.folder / records.RUNNING),
@@ -678,17 +692,13 @@ class Execution:
 
 
 def kernel_environment(threads: int | None) -> dict[str, str]:
-    """Environment of a notebook's kernel: this interpreter, this repository, a fixed number of threads, no surprises."""
+    """Environment of a notebook's kernel: this repository, a fixed number of threads, no surprises."""
     environment = {
-        # Only this environment's kernel may be found: a kernel of the same name in the user's home or in another Jupyter wins otherwise.
-        "JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter"),
-        "JUPYTER_PREFER_ENV_PATH": "1",
         "PURSUHINT_HOME": str(home()),
         "PURSUHINT_PREFIX": sys.prefix,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
         "PYTHONHASHSEED": "0",  # the order of sets must not differ between equal runs
         "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # the debugger's remark on frozen modules
     }
     if threads:
         environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
@@ -696,8 +706,22 @@ def kernel_environment(threads: int | None) -> dict[str, str]:
 
 
 def _private(folder: str) -> dict[str, str]:
-    # The user's IPython start-up files and history, and a home that cannot be written, must not matter.
-    return {"IPYTHONDIR": f"{folder}/ipython", "JUPYTER_RUNTIME_DIR": f"{folder}/runtime"}
+    """Jupyter's folders for one notebook, below the temporary `folder`, with a kernel that is this very interpreter.
+
+    Otherwise a kernel called python3 in the user's home or in another Jupyter may win, and the user's IPython start-up
+    files, history and a home that cannot be written would matter.
+    """
+    kernel = Path(folder) / "share" / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    command = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    text = json.dumps({"argv": command, "display_name": "Python 3 (ipykernel)", "language": "python"})
+    (kernel / "kernel.json").write_text(text, encoding="utf-8")
+    return {
+        "JUPYTER_PATH": str(kernel.parent.parent),  # searched first
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "JUPYTER_RUNTIME_DIR": f"{folder}/runtime",
+        "IPYTHONDIR": f"{folder}/ipython",
+    }
 
 
 @contextlib.contextmanager
@@ -725,22 +749,20 @@ def _has_begun(path: Path) -> bool:
 
 def _publish(notebook: Any, folder: Path, target: Path) -> None:
     """Keep the executed notebook in the stage's folder and in the reports, without a trace of this machine's folders."""
-    running = folder / records.RUNNING
-    papermill = notebook.metadata.papermill
-    old = (papermill.input_path, papermill.output_path)
-    papermill.input_path = f"notebooks/{target.name}"
-    papermill.output_path = f"reports/{target.parent.parent.name}/notebooks/{target.name}"
     import nbformat
 
+    notebook.metadata.papermill |= {
+        "input_path": f"notebooks/{target.name}",
+        "output_path": f"reports/{target.parent.parent.name}/notebooks/{target.name}",
+    }
     text = nbformat.writes(notebook)
-    papermill.input_path, papermill.output_path = old
     for place in sorted({str(REPOSITORY), str(home()), sys.prefix, str(Path.home())}, key=len, reverse=True):
         if len(place) > 1:
             text = text.replace(json.dumps(place)[1:-1] + "/", "")
     with written_whole(folder / records.EXECUTED) as temporary:
         temporary.write_text(text, encoding="utf-8")
     _copy_whole(folder / records.EXECUTED, target)
-    running.unlink(missing_ok=True)
+    (folder / records.RUNNING).unlink(missing_ok=True)
 
 
 def _copy_whole(source: Path, target: Path) -> None:
@@ -924,8 +946,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _first_line(text: Any) -> str:
-    import re
-
     plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text))
     return next((line.strip() for line in plain.splitlines() if line.strip()), "")[:1000]
 

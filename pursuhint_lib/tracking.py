@@ -253,21 +253,38 @@ def sweep_dead_runs(study: str) -> list[str]:
 
 
 def run_table(study: str, stage: str) -> pd.DataFrame:
-    """Present child runs of a stage: columns arm, seed, run_id, status; sorted by arm and seed. Raises TrackingError."""
+    """The trained models of a stage, as its last run left them: columns arm, seed, run_id, status; sorted. Raises TrackingError."""
     with _one_line_errors(f"the runs of {stage} cannot be read"):
         runs = _search(_client(), open_experiment(study), f"tags.stage = '{stage}' and tags.current = 'yes'")
         rows = [(run.data.tags["arm"], int(run.data.tags["seed"]), run.info.run_id, run.info.status) for run in runs]
         return pd.DataFrame(sorted(rows), columns=["arm", "seed", "run_id", "status"])
 
 
+def retire_other_models(study: str, stage: str, run_id: str) -> None:
+    """Mark the models of a stage that are not children of the run `run_id` as not current. Raises TrackingError."""
+    client = _client()
+    with _one_line_errors(f"the runs of {stage} cannot be read"):
+        for run in _search(client, open_experiment(study), f"tags.stage = '{stage}' and tags.current = 'yes'"):
+            if run.data.tags.get("mlflow.parentRunId") != run_id:
+                client.set_tag(run.info.run_id, "current", "no")
+
+
 def log_stage_files(run_id: str, folder: Path) -> None:
     """Keep the tables, figures, pages and notebooks of a stage folder as artifacts. Raises TrackingError."""
-    folder = Path(folder)
-    with _one_line_errors(f"files of {folder.name} cannot be logged"):
-        for path in sorted(folder.rglob("*")):
-            part = path.relative_to(folder)
-            if path.is_file() and path.suffix in _SHOWN and not any(name.startswith(".") for name in part.parts):
-                _client().log_artifact(run_id, str(path), str(part.parent) if part.parent.parts else None)
+    by_folder: dict[Path, list[Path]] = {}
+    for path in sorted(Path(folder).rglob("*")):
+        part = path.relative_to(folder)
+        if path.is_file() and path.suffix in _SHOWN and not any(name.startswith(".") for name in part.parts):
+            by_folder.setdefault(part.parent, []).append(path)
+    for part, paths in by_folder.items():
+        log_files(run_id, paths, "" if part == Path() else part.as_posix())
+
+
+def log_files(run_id: str, paths: Iterable[Path], under: str = "") -> None:
+    """Keep files as artifacts, in the artifact folder `under`. Raises TrackingError."""
+    with _one_line_errors(f"files of run {run_id} cannot be logged"):
+        for path in paths:
+            _client().log_artifact(run_id, str(path), under or None)
 
 
 def compare_link(study: str, metric: str = HEADLINE, *, stage: str = DISTILLED, base: str = "http://127.0.0.1:5000") -> str:
@@ -318,6 +335,7 @@ class StageRun:
         become metrics, `finished` (UNIX time of an epoch's end) and `seconds` become their times. Rows of other arms and
         seeds, where it has such columns, are left out. key: what the model was trained from (hash). The same key with
         the same history is not logged twice; a different one replaces it, and the older run stays, marked as not current.
+        Call it for models kept from an earlier run too: they move below the present run, others are retired at its end.
         """
         with _goes_on(f"{arm} seed {seed}"):
             return self._log_trained_model(arm, int(seed), _rows_of(history, arm, seed), params, key, tags or {})
@@ -396,6 +414,7 @@ def stage_run(study: str, stage: str, params: Mapping[str, Any]) -> Iterator[Sta
         raise
     with _goes_on("the stage's files"):
         log_stage_files(run_id, run_folder(study, stage))
+        retire_other_models(study, stage, run_id)
     _close_lab_run(run_id, "FINISHED")
 
 

@@ -80,10 +80,10 @@ def test_the_embedded_store_lies_in_the_home_in_wal_mode_with_its_artifacts_besi
     assert not list(elsewhere.iterdir())
 
 
-def test_the_tracking_uri_of_the_environment_wins(store, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/other.db")
+def test_the_tracking_uri_of_the_environment_wins(home, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/other.db")
     tracking.open_experiment("toy")
-    assert (store / "other.db").exists() and not (store / "mlflow.db").exists()
+    assert (home / "other.db").exists() and not (home / "mlflow.db").exists()
 
 
 def test_an_unreachable_tracker_is_one_line(store, monkeypatch):
@@ -148,6 +148,16 @@ def test_a_model_trained_anew_replaces_the_old_one_in_the_table(store):
     table = tracking.run_table("toy", "04_distill_students")
     assert list(table.itertuples(index=False, name=None)) == [("at_uniform", 0, new, "FINISHED"), ("at_uniform", 1, other, "FINISHED")]
     assert client().get_run(old).data.tags["current"] == "no"
+
+
+def test_a_model_that_the_last_run_of_a_stage_did_not_have_is_retired(store):
+    first = new_run()
+    log(first)
+    log(first, history(arms=("dropped",)), arm="dropped")
+    second = new_run()
+    kept = log(second)
+    tracking.retire_other_models("toy", "04_distill_students", second)
+    assert list(tracking.run_table("toy", "04_distill_students")["run_id"]) == [kept]
 
 
 def test_a_model_with_the_same_key_but_other_numbers_is_logged_anew(store):
