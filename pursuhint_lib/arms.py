@@ -22,6 +22,7 @@ from pursuhint_lib.learners import Distilled, Hint, balance_hints
 from pursuhint_lib.methods import METHODS
 from pursuhint_lib.models import load_model, save_model
 from pursuhint_lib.params import DistillStudents
+from pursuhint_lib.progress import Progress
 from pursuhint_lib.storage import read_json, read_table, save_json, save_table
 from pursuhint_lib.training import Learner, Schedule, autocast, fit
 
@@ -126,8 +127,15 @@ def _code_hash() -> str:
 
 
 def kept_file(folder: Path, name: str, seed: int) -> Path:
-    """Where `train_and_keep` leaves a finished student: ``<folder>/students/<name>-s<seed>.safetensors``."""
-    return Path(folder) / "students" / f"{name}-s{seed}.safetensors"
+    """Where `train_and_keep` leaves a finished network: ``<folder>/networks/<name>-s<seed>.safetensors``."""
+    return Path(folder) / "networks" / f"{name}-s{seed}.safetensors"
+
+
+def load_teacher(folder: Path) -> nn.Module:
+    """The teacher that notebook 01 left in its folder. Raises what `read_table` and `load_model` raise."""
+    baselines = read_table(Path(folder) / "baselines.csv")
+    seed = baselines.loc[baselines["model"] == "teacher", "seed"].iloc[0]
+    return load_model(kept_file(folder, "teacher", seed))[0]
 
 
 def train_and_keep(
@@ -139,14 +147,15 @@ def train_and_keep(
     *,
     teacher: FrozenTeacher | None = None,
     validation: Batches,
-    on_epoch: Callable[[int, pd.DataFrame], None] | None = None,
+    progress: Progress,
     dtype: torch.dtype = torch.float32,
 ) -> pd.DataFrame:
     """Train the students of one seed in lockstep, those that are not already there; keep each. Returns all their histories.
 
     arms: name -> training key. A student whose file carries the same key is finished and is not trained again (`build`
     is not even called for it). The others go on from the checkpoint of an interrupted run, if there is one.
-    build(name) -> a learner with fresh weights. Returns one row per arm and epoch, as `training.fit`, in the order of `arms`.
+    build(name) -> a learner with fresh weights. progress counts epochs of single students (arms x epochs). Returns one row
+    per arm and epoch, as `training.fit`, in the order of `arms`.
 
     Raises ValueError, one line, for a damaged student or checkpoint file; nothing is overwritten then.
     """
@@ -158,6 +167,9 @@ def train_and_keep(
     begun = [name for name, key in missing.items() if begun.get(name) == key]
     if not begun:
         checkpoint.unlink(missing_ok=True)  # of other settings: it can never be taken up again
+    if len(missing) < len(arms):
+        kept = len(arms) - len(missing)
+        progress.skip(f"seed {seed}: {kept} finished", by=kept * schedule.epochs)
     for group in (begun, [name for name in missing if name not in begun]):
         if group:
             save_json({name: arms[name] for name in group}, keys_file)
@@ -169,7 +181,7 @@ def train_and_keep(
                 teacher=teacher,
                 validation=validation,
                 checkpoint=checkpoint,
-                on_epoch=on_epoch,
+                on_epoch=_reporter(progress, schedule.epochs),
                 dtype=dtype,
             )
             for name, learner in learners.items():
@@ -177,6 +189,22 @@ def train_and_keep(
             checkpoint.unlink()
             keys_file.unlink()
     return pd.concat([read_table(_history_file(folder, name, seed)) for name in arms], ignore_index=True)
+
+
+def _reporter(progress: Progress, epochs: int) -> Callable[[int, pd.DataFrame], None]:
+    """Tells `progress` of each epoch; epochs that a checkpoint had done count as kept."""
+    told = 0
+
+    def report(epoch: int, rows: pd.DataFrame) -> None:
+        nonlocal told
+        seed, best = rows["seed"].iloc[0], rows.loc[rows["val_accuracy"].idxmax()]
+        if epoch > told + 1:
+            progress.skip(f"seed {seed}: {epoch - 1} epochs from the checkpoint", by=(epoch - 1) * len(rows))
+        told = epoch
+        which = f"{len(rows)} students, best {best['arm']}" if len(rows) > 1 else best["arm"]
+        progress.advance(f"seed {seed} epoch {epoch}/{epochs}: {which} {best['val_accuracy']:.1%} on validation", by=len(rows))
+
+    return report
 
 
 def _keep(folder: Path, name: str, seed: int, learner: Learner, history: pd.DataFrame, key: str) -> None:

@@ -5,11 +5,12 @@ which student layer looks at which hint point. A layer table (`features.layer_ta
 so row i is the layer of depth i + 1; indices here are 0-based. Letters: L candidate layers, K clusters, M hint points.
 """
 
+import dataclasses
 import difflib
 import functools
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -357,6 +358,35 @@ def stage_points(table: pd.DataFrame, n_points: int) -> list[int]:
         for start, size, count in zip(starts, sizes, points)
         for g in range(count)
     ]
+
+
+def select_all(
+    strategies: Sequence[str],
+    similarities: Mapping[str, pd.DataFrame],
+    layers: pd.DataFrame,
+    n_hints: int,
+    random_draws: int,
+    seed: int,
+) -> dict[str, HintPoints]:
+    """The hint points of every strategy of a study, under the names that its arms carry.
+
+    similarities: metric -> labelled table, the main metric first. "clustered" is done with every metric
+    ("clustered_r2_cca"), "clustered_first" and "clustered_last" with the main one, "random" `random_draws` times
+    ("random_0", seeded by `seed`, `seed` + 1, ...); the others stand under their own name.
+    """
+    main = next(iter(similarities))
+    chosen = {}
+    for strategy in strategies:
+        if strategy == "random":
+            variants = {f"random_{draw}": (None, seed + draw) for draw in range(random_draws)}
+        elif strategy.startswith("clustered"):
+            metrics = similarities if strategy == "clustered" else [main]
+            variants = {f"{strategy}_{metric}": (similarities[metric], seed) for metric in metrics}
+        else:
+            variants = {strategy: (None, seed)}
+        for name, (similarity, draw_seed) in variants.items():
+            chosen[name] = dataclasses.replace(select_hint_points(strategy, similarity, layers, n_hints, draw_seed), strategy=name)
+    return chosen
 
 
 # ---- Pairs ----

@@ -155,6 +155,24 @@ def balance_hints(learner: Distilled, batches: Sequence[Batch], observations: Se
     return learner.hint_weights
 
 
+def gradient_norms(learner: Distilled, batch: Batch, observation: Observation) -> dict[str, float]:
+    """How loudly each weighted term is heard: the norm of its gradient with respect to the student's parameters.
+
+    Keys: cls, kd, and one per pair, "teacher layer -> student layer". Batch-norm statistics are left as they were.
+    """
+    parameters = [p for p in learner.model.parameters() if p.requires_grad]
+    buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
+    learner.train()
+    _, cls, kd, hints = learner._terms(batch, observation)
+    terms = {"cls": learner.ce_weight * cls, "kd": learner.kd_weight * kd}
+    for weight, hint, pair in zip(learner.hint_weights, hints, learner.pairs, strict=True):
+        terms[f"{pair.teacher_layer} -> {pair.student_layer}"] = weight * hint
+    norms = {name: _square_norm(term, parameters) ** 0.5 for name, term in terms.items()}
+    for name, buffer in learner.named_buffers():  # after the last backward pass, which still needs them
+        buffer.copy_(buffers[name])
+    return norms
+
+
 def _square_norm(term: Tensor, parameters: list[nn.Parameter]) -> float:
     gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
     return sum(float(g.double().square().sum()) for g in gradients if g is not None)

@@ -122,7 +122,6 @@ class ClusterLayers(Networks):
     """03: which layers to take hints from."""
 
     n_hints: Count = 3
-    clustering: Name = "pursuhint"
     cluster_metrics: Names = ["r2_cca", "linear_cka"]  # the first is the study's main one
     strategies: Names = ["stage_ends", "uniform", "random", "clustered"]
     random_draws: Count = 1  # how many random choices of hint points
@@ -273,7 +272,7 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
     """
     import torch  # here, so that a run with nothing to do stays light
 
-    from pursuhint_lib.hints import CLUSTERINGS, STRATEGIES
+    from pursuhint_lib.hints import STRATEGIES
     from pursuhint_lib.methods import METHODS
     from pursuhint_lib.models import build_model, candidate_layers
     from pursuhint_lib.similarity import METRICS
@@ -288,7 +287,6 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
 
     known("profile_layers", "similarity_metrics", profile.similarity_metrics, METRICS)
     known("cluster_layers", "cluster_metrics", cluster.cluster_metrics, profile.similarity_metrics)
-    known("cluster_layers", "clustering", [cluster.clustering], CLUSTERINGS)
     known("cluster_layers", "strategies", cluster.strategies, [name for name in STRATEGIES if name != "none"])
     known("distill_students", "methods", distill.methods, METHODS)
     known("distill_students", "hint_weights", distill.hint_weights, distill.methods)

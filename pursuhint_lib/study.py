@@ -6,9 +6,11 @@ Notebooks 01, 02, 04 and 05 must agree on what is trained on, chosen by and test
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pursuhint_lib.data import Batches, ImageSet, balanced_subset, channel_stats, hold_out, load_images
+from pursuhint_lib.learners import seeded
+from pursuhint_lib.models import build_model
 from pursuhint_lib.params import Images
 
 
@@ -81,3 +83,16 @@ def fixed_batches(params: Images, images: StudyImages, which: ImageSet, device: 
 def probe_batches(params: Images, images: StudyImages, size: int, device: torch.device) -> Batches:
     """The images that layers are compared on: a seeded, class-balanced subset of the training images, not augmented."""
     return fixed_batches(params, images, balanced_subset(images.train, size, params.split_seed), device)
+
+
+def fresh_network(name: str, images: StudyImages, seed: int) -> nn.Module:
+    """A network for the study's images with initial weights drawn from `seed` alone."""
+    with seeded(seed):
+        return build_model(name, len(images.train.classes), channels=images.shape[0])
+
+
+def training_facts(params: Images, images: StudyImages, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict:
+    """What decides a trained network besides its own recipe: images, disturbance, batches, arithmetic. For `arms.training_key`."""
+    disturbance = {key: getattr(params, key) for key in ("noise", "crop_padding", "flip", "split_seed")}
+    arithmetic = {"device": device.type, "dtype": str(dtype), "threads": torch.get_num_threads()}
+    return {"images": images.facts(), "disturbance": disturbance, "batch_size": batch_size, "arithmetic": arithmetic}
