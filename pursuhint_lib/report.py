@@ -27,6 +27,7 @@ from pursuhint_lib.params import STAGES
 from pursuhint_lib.storage import home, read_json, read_table, report_folder, written_whole
 
 TEMPLATE = "report.html.j2"
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 # stage, figure, title, how to read it (the caption and, with the title, the text for readers who cannot see it)
 FIGURES = (
@@ -34,7 +35,7 @@ FIGURES = (
         "02_profile_layers",
         "similarity",
         "How alike the teacher's layers are",
-        "Both axes count the candidate layers by depth; 1 means that two layers hold the same information up to a linear map. "
+        "Both axes count the candidate layers by depth; 1 means alike, 0 means unrelated. "
         "A bright block is a run of layers that say much the same.",
     ),
     (
@@ -47,14 +48,13 @@ FIGURES = (
         "03_cluster_layers",
         "strategies",
         "Hint points by strategy",
-        "A row per strategy on one depth axis, a dot per hint point. Rows that look alike are near-equal choices, "
-        "so their students can hardly differ.",
+        "A row per strategy on one depth axis, a dot per hint point. Rows that look alike are near-equal choices.",
     ),
     (
         "04_distill_students",
         "curves",
         "Training curves",
-        "What the students learnt, epoch by epoch, on training and validation images. The last epoch counts.",
+        "How training went, epoch by epoch. The last epoch counts, not the best one.",
     ),
     (
         "05_evaluate",
@@ -66,13 +66,13 @@ FIGURES = (
         "05_evaluate",
         "differences",
         "Paired differences to KD without hints",
-        "Each arm minus KD of the same seed, mean and interval. An interval that crosses zero cannot tell the two apart.",
+        "Each arm minus KD of the same seed, mean and interval. An interval across zero cannot tell the two apart.",
     ),
     (
         "05_evaluate",
         "student_similarity",
         "Students beside the teacher",
-        "How alike each student's layers are to the teacher's, on one color scale: did hints make them more alike?",
+        "How alike each student's layers are to the teacher's: did hints make them more alike?",
     ),
 )
 
@@ -97,7 +97,7 @@ class Facts:
 
     results, summary, teacher: of notebook 05, as in `evaluation.summarize`. histories: of 01 and 04, by stage.
     records: stage -> its record.json, or {} where there is none (a notebook run by hand, or 05 while it is running).
-    runs: MLflow run ids, of notebooks by stage and of trained networks by "<arm>-s<seed>"; what is not recorded is left out.
+    runs: MLflow run ids, of notebooks by stage and of trained networks by "<arm>-s<seed>", as far as recorded.
     """
 
     results: pd.DataFrame
@@ -138,7 +138,8 @@ def write_report(study: str) -> Path:
     confidence = interval_confidence(facts.results, facts.summary)
     comparisons = compare_with_controls(facts.results, confidence)
     tables, pictures = _unique_names(_tables(runs)), _unique_names(_pictures(runs))
-    page = _environment(facts).get_template(TEMPLATE).render(
+    template = _environment(facts).get_template(TEMPLATE)
+    page = template.render(
         study=study,
         facts=facts,
         level=f"{100 * confidence:g}\u202f%",
@@ -187,7 +188,7 @@ def read_facts(runs: Path) -> Facts:
 
 
 def _run_ids(records: Mapping[str, Mapping[str, Any]], provenance: pd.DataFrame) -> dict[str, str]:
-    """Run ids from the records, and from notebook 05's own table for what they do not say (its rows without arm: a stage)."""
+    """Run ids from the records and, for what they do not say, from notebook 05's table (a row without arm: a stage)."""
     found = {}
     for row in provenance.dropna(subset=["run_id"]).itertuples():
         found[row.stage if pd.isna(row.arm) else f"{row.arm}-s{int(row.seed)}"] = str(row.run_id)
@@ -249,16 +250,28 @@ def compare_with_controls(results: pd.DataFrame, confidence: float) -> list[Comp
             "random": list(own.index[own["strategy"].str.startswith("random")]),
         }
         for control, names in controls.items():
-            difference = (accuracy[arm.arm] - accuracy[names].mean(axis="columns", skipna=False)).dropna() if names else ()
+            difference = (
+                (accuracy[arm.arm] - accuracy[names].mean(axis="columns", skipna=False)).dropna() if names else ()
+            )
             if len(difference):
                 mean, low, high = mean_interval(difference.to_numpy(), confidence)
                 same = len({trained[name] for name in [arm.arm, *names]}) == 1
-                found.append(Comparison(arm.arm, control, len(difference), mean, low, high, "same layers" if same else verdict(low, high)))
+                found.append(
+                    Comparison(
+                        arm.arm,
+                        control,
+                        len(difference),
+                        mean,
+                        low,
+                        high,
+                        "same layers" if same else verdict(low, high),
+                    )
+                )
     return found
 
 
 def _headline(facts: Facts, comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """The rows to show first: teacher, unaided, KD, the best arm by validation, and per method the main clustered arm."""
+    """The rows to show first: unaided, KD, the best arm by validation, and per method the main clustered arm."""
     rows = {row.arm: row for row in facts.summary.itertuples()}
     # By name first: of arms that validation cannot tell apart, the summary's order would take the one that tested best.
     aided = facts.summary[(facts.summary["arm"] != "unaided") & (facts.summary["same_as"] == "")].sort_values("arm")
@@ -320,7 +333,9 @@ def _chosen_layers(facts: Facts) -> list[dict[str, Any]]:
     """Per strategy its hint points with depth, the student layer they teach, and how often resamples chose them too."""
     depth = dict(zip(facts.layers["layer"], facts.layers["depth"], strict=True))
     strategy_of = dict(zip(facts.summary["arm"], facts.summary["strategy"], strict=True))
-    pairs = facts.pairs.assign(strategy=facts.pairs["arm"].map(strategy_of)).drop_duplicates(["strategy", "teacher_layer"])
+    pairs = facts.pairs.assign(strategy=facts.pairs["arm"].map(strategy_of)).drop_duplicates(
+        ["strategy", "teacher_layer"]
+    )
     partner = {(row.strategy, row.teacher_layer): row.student_layer for row in pairs.itertuples()}
     frequency = {(f"clustered_{row.metric}", row.layer): row.frequency for row in facts.stability.itertuples()}
     rows, earlier = [], {}
@@ -388,7 +403,7 @@ def _figures(facts: Facts, runs: Path, pictures: Mapping[str, Path]) -> list[dic
 
 
 def _tables(runs: Path) -> list[Path]:
-    """Tables worth keeping: not what differs between equal runs (times), nor the resamples that stability.csv sums up."""
+    """Tables worth keeping: not what differs between equal runs, nor the resamples that stability.csv sums up."""
     left_out = {"record.json", "progress.json", "timings.csv", "resamples.csv"}
     found = (path for stage in STAGES for path in sorted((runs / stage).glob("*")) if path.suffix in (".csv", ".json"))
     return [path for path in found if path.name not in left_out and not path.name.startswith(".")]
@@ -403,7 +418,10 @@ def _unique_names(paths: Sequence[Path]) -> dict[str, Path]:
     """File names for one folder: the file's own, led by its stage where two stages have a file of that name."""
     names = [path.name for path in paths]
     stages = [next(parent.name for parent in path.parents if parent.name in STAGES) for path in paths]
-    return {name if names.count(name) == 1 else f"{stage}_{name}": path for name, stage, path in zip(names, stages, paths, strict=True)}
+    return {
+        name if names.count(name) == 1 else f"{stage}_{name}": path
+        for name, stage, path in zip(names, stages, paths, strict=True)
+    }
 
 
 def _provenance(facts: Facts) -> dict[str, Any]:
@@ -412,7 +430,9 @@ def _provenance(facts: Facts) -> dict[str, Any]:
     for (stage, record), (what, values) in itertools.product(facts.records.items(), about.items()):
         if record.get(what) is not None:  # notebook 03 is told no number of threads
             values.setdefault(_in_words(record[what]), []).append(stage)
-    parameters = {stage: record["inputs"]["parameters"] for stage, record in facts.records.items() if "inputs" in record}
+    parameters = {
+        stage: record["inputs"]["parameters"] for stage, record in facts.records.items() if "inputs" in record
+    }
     return {
         "about": {what: values or {"not recorded": list(facts.records)} for what, values in about.items()},
         "parameters": {
@@ -433,13 +453,17 @@ def _in_words(value: Any) -> str:
 
 def _environment(facts: Facts) -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": lambda x: _number(x, f"{100 * x:.1f}\u202f%"),
-        "percents": lambda ends: _range(ends, lambda x: f"{100 * x:.1f}", "\u2009–\u2009"),
-        "points": lambda x: _number(x, _signed(100 * x)),
-        "pointses": lambda ends: _range(ends, lambda x: _signed(100 * x), " to "),
+        "percent": lambda x: _number(x, f"{_percent(x)}\u202f%"),
+        "percent_range": lambda ends: _range(ends, _percent, f"\u2009{DASH}\u2009"),
+        "points": lambda x: _number(x, _points(x)),
+        "points_range": lambda ends: _range(ends, _points, " to "),
         "whole": lambda x: _number(x, f"{x:,.0f}"),
         "decimal": lambda x: _number(x, f"{x:.3f}"),
         "breakable": lambda name: Markup("<wbr>").join(_pieces(str(name))),
@@ -453,7 +477,7 @@ def _environment(facts: Facts) -> Environment:
 def _number(value: float, text: str) -> Markup:
     """A number with its unrounded value; a dash where there is none."""
     if not np.isfinite(value):
-        return Markup('<span class="none" title="not known">–</span>')
+        return Markup('<span class="none" title="not known">{}</span>').format(DASH)
     return Markup('<data value="{}">{}</data>').format(repr(value.item() if hasattr(value, "item") else value), text)
 
 
@@ -464,9 +488,13 @@ def _range(ends: tuple[float, float], write: Any, between: str) -> Markup:
     return _number(low, write(low)) + between + _number(high, write(high))
 
 
-def _signed(points: float) -> str:
-    """Two decimals with a sign, a true minus; what rounds to zero has no sign."""
-    text = f"{points:+.2f}".replace("-", "−")
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}".replace("-", MINUS)
+
+
+def _points(fraction: float) -> str:
+    """Points with two decimals and a sign; what rounds to zero has no sign."""
+    text = f"{100 * fraction:+.2f}".replace("-", MINUS)
     return text[1:] if float(text[1:]) == 0 else text
 
 

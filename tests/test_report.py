@@ -16,7 +16,15 @@ from scipy import stats
 
 from pursuhint_lib.evaluation import summarize
 from pursuhint_lib.params import STAGES
-from pursuhint_lib.report import FIGURES, TEMPLATE, compare_with_controls, interval_confidence, write_report
+from pursuhint_lib.report import (
+    DASH,
+    FIGURES,
+    MINUS,
+    TEMPLATE,
+    compare_with_controls,
+    interval_confidence,
+    write_report,
+)
 from pursuhint_lib.storage import REPOSITORY, read_table, save_json, save_table
 
 LAYERS = [f"stage{s}.{b}" for s in (1, 2, 3) for b in range(5)]
@@ -29,8 +37,23 @@ CHOICES = {
     "clustered_linear_cka": [2, 7, 12],  # the same layers as uniform
     "clustered_first_r2_cca": [0, 4, 9],
 }
-TEACHER = {"network": "resnet32", "parameters": 464154, "macs": 69_000_000, "val_accuracy": 0.681, "test_accuracy": 0.6725, "test_loss": 1.0}
-POINTS = {"unaided": -4.0, "kd": 0.0, "stage_ends": 0.2, "uniform": 0.5, "clustered_r2_cca": 2.5, "clustered_linear_cka": 0.5, "random_0": -3.0}
+TEACHER = {
+    "network": "resnet32",
+    "parameters": 464154,
+    "macs": 69_000_000,
+    "val_accuracy": 0.681,
+    "test_accuracy": 0.6725,
+    "test_loss": 1.0,
+}
+POINTS = {
+    "unaided": -4.0,
+    "kd": 0.0,
+    "stage_ends": 0.2,
+    "uniform": 0.5,
+    "clustered_r2_cca": 2.5,
+    "clustered_linear_cka": 0.5,
+    "random_0": -3.0,
+}
 HOSTILE = '<script>alert("1")</script> & co'
 
 
@@ -43,12 +66,19 @@ def make_study(home, *, seeds=5, methods=("at",), confidence=0.95, records=True,
 
     rows = []
     arms = [("unaided", "unaided", "none", ""), ("kd", "kd", "none", "")]
-    arms += [(f"{m}_{s}", m, s, f"{m}_uniform" if s == "clustered_linear_cka" else "") for m in methods for s in CHOICES]
+    arms += [
+        (f"{m}_{s}", m, s, f"{m}_uniform" if s == "clustered_linear_cka" else "") for m in methods for s in CHOICES
+    ]
     for arm, method, strategy, same_as in arms:
         twin = [row for row in rows if row["arm"] == same_as]
         for seed in range(seeds):
             accuracy = 0.63 + POINTS.get(arm, POINTS.get(strategy, 0.0)) / 100 + noise[seed] + random.normal(0, 0.003)
-            values = {"val_accuracy": accuracy + 0.005, "test_accuracy": accuracy, "test_loss": 1 + random.random(), "agreement": 0.7}
+            values = {
+                "val_accuracy": accuracy + 0.005,
+                "test_accuracy": accuracy,
+                "test_loss": 1 + random.random(),
+                "agreement": 0.7,
+            }
             values = {key: twin[seed][key] for key in values} if twin else values
             rows.append({"arm": arm, "method": method, "strategy": strategy, "same_as": same_as, "seed": seed} | values)
     results = pd.DataFrame(rows)
@@ -56,16 +86,33 @@ def make_study(home, *, seeds=5, methods=("at",), confidence=0.95, records=True,
     save_table(summarize(results, TEACHER["test_accuracy"], confidence=confidence), evaluate / "summary.csv")
     save_json(TEACHER, evaluate / "teacher.json")
 
-    baseline = {"model": "teacher", "network": "resnet32", "seed": 0, "parameters": 464154, "macs": 69_000_000, "val_accuracy": 0.68}
+    baseline = {
+        "model": "teacher",
+        "network": "resnet32",
+        "seed": 0,
+        "parameters": 464154,
+        "macs": 69_000_000,
+        "val_accuracy": 0.68,
+    }
     student = baseline | {"model": "unaided", "network": "resnet8_w4", "parameters": 5012, "macs": 800_000}
     save_table(pd.DataFrame([baseline, student]), teach / "baselines.csv")
-    sets = {"train": {"images": 1200, "digest": "a"}, "validation": {"images": 200, "digest": "b"}, "test": {"images": 397, "digest": "c"}}
-    save_json({"shape": [1, 8, 8], "classes": list(classes), "mean": [0.3], "std": [0.4], "sets": sets, "data": "digits"}, teach / "images.json")
+    sets = {
+        "train": {"images": 1200, "digest": "a"},
+        "validation": {"images": 200, "digest": "b"},
+        "test": {"images": 397, "digest": "c"},
+    }
+    save_json(
+        {"shape": [1, 8, 8], "classes": list(classes), "mean": [0.3], "std": [0.4], "sets": sets, "data": "digits"},
+        teach / "images.json",
+    )
     save_table(_history(["teacher"], [0], 4), teach / "histories.csv")
     save_table(pd.DataFrame({"arm": ["teacher"], "seed": [0], "epoch": [1], "seconds": [0.1]}), teach / "timings.csv")
 
     depth = range(1, len(LAYERS) + 1)
-    save_table(pd.DataFrame({"layer": LAYERS, "stage": [int(name[5]) for name in LAYERS], "depth": depth}), profile / "layers_teacher.csv")
+    save_table(
+        pd.DataFrame({"layer": LAYERS, "stage": [int(name[5]) for name in LAYERS], "depth": depth}),
+        profile / "layers_teacher.csv",
+    )
     eye = pd.DataFrame(np.eye(len(LAYERS)), LAYERS, LAYERS)
     save_table(eye, profile / "similarity_r2_cca.csv", index=True)
     chosen = {name: {"layers": [LAYERS[i] for i in points], "labels": None} for name, points in CHOICES.items()}
@@ -79,7 +126,10 @@ def make_study(home, *, seeds=5, methods=("at",), confidence=0.95, records=True,
         for k, i in enumerate(points)
     ]
     save_table(pd.DataFrame(pairs), distill / "pairs.csv")
-    save_table(_history([arm for arm, _, _, same_as in arms if arm != "unaided" and not same_as], range(seeds), 3), distill / "histories.csv")
+    save_table(
+        _history([arm for arm, _, _, same_as in arms if arm != "unaided" and not same_as], range(seeds), 3),
+        distill / "histories.csv",
+    )
 
     if figures:
         for number, (stage, name, _, _) in enumerate(FIGURES):
@@ -95,13 +145,22 @@ def make_study(home, *, seeds=5, methods=("at",), confidence=0.95, records=True,
 
 
 def _history(arms, seeds, epochs):
-    rows = [{"arm": a, "seed": s, "epoch": e + 1, "loss": 1.0, "status": "trained"} for a in arms for s in seeds for e in range(epochs)]
+    rows = [
+        {"arm": a, "seed": s, "epoch": e + 1, "loss": 1.0, "status": "trained"}
+        for a in arms
+        for s in seeds
+        for e in range(epochs)
+    ]
     return pd.DataFrame(rows)
 
 
 def _record(stage, number):
     """As `pipeline` writes it, cut to what the report shows."""
-    models = {f"at_{s}-s{seed}": f"run-{s}-{seed}" for s in CHOICES for seed in range(5)} if stage == "04_distill_students" else {}
+    models = (
+        {f"at_{s}-s{seed}": f"run-{s}-{seed}" for s in CHOICES for seed in range(5)}
+        if stage == "04_distill_students"
+        else {}
+    )
     return {
         "stage": stage,
         "key": f"{number}f" * 32,
@@ -170,18 +229,55 @@ def test_the_main_table_holds_the_numbers_of_the_summary_in_full(home):
     page = report(home)
     rows = page.table("Accuracy of all arms").findall(".//tr[@data-arm]")
     assert {row.get("data-arm") for row in rows} == set(summary["arm"])
-    wanted = ["n", "val_mean", "test_mean", "test_low", "test_high", "difference", "difference_low", "difference_high", "gap_closed"]
+    wanted = [
+        "n",
+        "val_mean",
+        "test_mean",
+        "test_low",
+        "test_high",
+        "difference",
+        "difference_low",
+        "difference_high",
+        "gap_closed",
+    ]
     for row in rows:
         expected = summary.set_index("arm").loc[row.get("data-arm")]
-        leave_out = {"kd": ["difference", "difference_low", "difference_high"], "unaided": ["gap_closed"]}.get(row.get("data-arm"), [])
+        leave_out = {"kd": ["difference", "difference_low", "difference_high"], "unaided": ["gap_closed"]}.get(
+            row.get("data-arm"), []
+        )
         assert numbers(row) == [float(expected[name]) for name in wanted if name not in leave_out]
+
+
+def test_percent_points_and_signs_are_written_as_such(home):
+    runs = make_study(home)
+    table = read_table(runs / "05_evaluate" / "summary.csv")
+    exact = {
+        "val_mean": 0.6421,
+        "test_mean": 0.63149,
+        "test_low": 0.62,
+        "test_high": 0.6429,
+        "difference": -0.00316,
+        "difference_low": -0.0081,
+        "difference_high": 0.00004,
+        "gap_closed": -0.0449,
+    }
+    table.loc[table["arm"] == "at_random_1", list(exact)] = list(exact.values())
+    save_table(table, runs / "05_evaluate" / "summary.csv")
+    cells = report(home).table("Accuracy of all arms").findall(".//tr[@data-arm='at_random_1']/td")
+    assert [text(cell) for cell in cells] == [
+        *("at", "5", "64.2 %", f"63.1 %62.0 {DASH} 64.3"),
+        *(f"{MINUS}0.32{MINUS}0.81 to 0.00", "includes zero", f"{MINUS}4.5 %"),
+    ]
 
 
 def test_the_teacher_comes_first_and_the_unaided_student_last_the_rest_by_test_accuracy(home):
     runs = make_study(home)
     summary = read_table(runs / "05_evaluate" / "summary.csv").set_index("arm")
     body = report(home).table("Accuracy of all arms").findall(".//tbody/tr")
-    assert text(body[0]).startswith("Teacher") and numbers(body[0])[1:] == [TEACHER["val_accuracy"], TEACHER["test_accuracy"]]
+    assert text(body[0]).startswith("Teacher") and numbers(body[0])[1:] == [
+        TEACHER["val_accuracy"],
+        TEACHER["test_accuracy"],
+    ]
     assert body[-1].get("data-arm") == "unaided"
     between = [summary.loc[row.get("data-arm"), "test_mean"] for row in body[1:-1]]
     assert between == sorted(between, reverse=True)
@@ -193,17 +289,22 @@ def test_every_number_on_the_page_is_its_value_rounded(home):
     assert len(shown) > 300
     for element in shown:
         value, words = float(element.get("value")), text(element)
-        digits = words.replace("−", "-").replace("%", "").replace("+", "").replace(",", "").strip()
+        digits = words.replace(MINUS, "-").replace("%", "").replace("+", "").replace(",", "").strip()
         half = 0.5 * 10.0 ** -len(digits.partition(".")[2]) + 1e-9
         assert min(abs(float(digits) - value), abs(float(digits) - 100 * value)) <= half, (value, words)
-        assert not words.startswith(("-", "−0.00", "+0.00"))
+        assert not words.startswith(("-", f"{MINUS}0.00", "+0.00"))
 
 
 def test_the_page_needs_no_network_and_no_script(home):
     make_study(home)
     page = report(home)
     assert not page.all("script") and not page.all("link") and not page.all("iframe")
-    addresses = [v for e in page.root.iter() for k, v in e.attrib.items() if k in ("src", "href", "srcset", "action", "poster", "data")]
+    addresses = [
+        v
+        for e in page.root.iter()
+        for k, v in e.attrib.items()
+        if k in ("src", "href", "srcset", "action", "poster", "data")
+    ]
     assert addresses and all(a.startswith(("data:image/png;base64,", "#", "tables/", "figures/")) for a in addresses)
     assert "://" not in page.source and "@import" not in page.source and "url(" not in page.source
 
@@ -217,7 +318,9 @@ def test_every_address_of_a_file_leads_to_one_beside_the_page(home):
     links = [e.get("href") for e in page.all("a")]
     assert "figures/04_distill_students_curves.pdf" in links
     for link in links:
-        target = page.root.find(f".//*[@id='{link[1:]}']") is not None if link.startswith("#") else (folder / link).is_file()
+        target = (
+            page.root.find(f".//*[@id='{link[1:]}']") is not None if link.startswith("#") else (folder / link).is_file()
+        )
         assert target, link
 
 
@@ -258,7 +361,9 @@ def test_an_arm_with_the_layers_of_another_says_so_everywhere(home):
     page = report(home)
     main = page.table("Accuracy of all arms").find(".//tr[@data-arm='at_clustered_linear_cka']")
     assert "chose the same layers as at_uniform; not trained again" in text(main)
-    cell = page.table("Clustered hints against the controls").find(".//tr[@data-arm='at_clustered_linear_cka']/td[@data-control='uniform']")
+    cell = page.table("Clustered hints against the controls").find(
+        ".//tr[@data-arm='at_clustered_linear_cka']/td[@data-control='uniform']"
+    )
     assert text(cell) == "same layers" and not numbers(cell)
     assert "same layers as uniform" in text(page.all("tr", data_strategy="clustered_linear_cka")[0])
     runs = [text(row) for row in page.all("tr", data_arm="at_clustered_linear_cka") if row.get("data-seed")]
@@ -280,16 +385,20 @@ def with_differences(home, runs, difference):
     [
         (0.02, "better", "the whole interval lies above zero: better", "is better than KD without hints"),
         (-0.02, "worse", "the whole interval lies below zero: worse", "is worse than KD without hints"),
-        (0.0, "includes zero", "the interval includes zero: this study cannot tell them apart", "cannot be told apart from KD without hints"),
+        (
+            0.0,
+            "includes zero",
+            "the interval includes zero: this study cannot tell them apart",
+            "cannot be told apart from KD without hints",
+        ),
     ],
 )
 def test_an_interval_is_read_in_the_same_words_everywhere(home, shift, word, sentence, answer):
     page = with_differences(home, make_study(home), shift + np.array([-1, 1, 0, 2, -2]) / 1000)
     row = page.table("Accuracy of all arms").find(".//tr[@data-arm='at_clustered_r2_cca']")
     assert text(row.find(".//span[@class]")) == word
-    first = page.all("div", **{"class": "answer"})[0]
-    assert answer in text(first)
-    told = next(text(item) for item in first.iter("li") if text(item).startswith("Against KD"))
+    assert answer in text(page.all("div", **{"class": "answer"})[0])
+    told = next(text(item) for item in page.all("li") if text(item).startswith("Against KD"))
     assert told.endswith(f"n = 5 paired seeds): {sentence}.")
 
 
@@ -298,7 +407,11 @@ def test_one_seed_gives_no_interval_and_no_verdict(home):
     page = report(home)
     assert "one seed gives no interval: this study cannot tell them apart" in text(page.root)
     row = page.table("Accuracy of all arms").find(".//tr[@data-arm='at_clustered_r2_cca']")
-    assert "no interval" in text(row) and "unknown (one seed)" in text(row) and not re.search(r"\bnan\b", text(page.root), re.IGNORECASE)
+    assert (
+        "no interval" in text(row)
+        and "unknown (one seed)" in text(row)
+        and not re.search(r"\bnan\b", text(page.root), re.IGNORECASE)
+    )
 
 
 def test_differences_to_the_controls_equal_a_paired_t_test(home):
@@ -353,8 +466,13 @@ def test_the_chosen_layers_stand_with_depth_partner_and_stability(home):
     rows = report(home).table("Hint points by strategy").findall(".//tbody/tr")
     assert [row.get("data-strategy") for row in rows] == list(CHOICES)
     cells = [text(cell) for cell in next(r for r in rows if r.get("data-strategy") == "clustered_r2_cca").iter("td")]
-    assert cells[0].startswith("stage1.1") and "depth 2 → student’s blocks.0" in cells[0] and "12.5 % of resamples" in cells[0]
-    assert "depth 14 → student’s blocks.2" in cells[2] and "resamples" not in cells[2]
+    assert (
+        cells[0].startswith("stage1.1")
+        and "depth 2 →" in cells[0]
+        and cells[0].count("blocks.0") == 1
+        and "12.5 % of resamples" in cells[0]
+    )
+    assert "depth 14 →" in cells[2] and "blocks.2" in cells[2] and "resamples" not in cells[2]
 
 
 def test_provenance_names_run_commit_and_state_of_every_stage(home):
@@ -363,7 +481,12 @@ def test_provenance_names_run_commit_and_state_of_every_stage(home):
     rows = {row.get("data-stage"): text(row) for row in page.all("tr") if row.get("data-stage")}
     assert list(rows) == list(STAGES)
     for number, row in enumerate(rows.values()):
-        assert f"{number}e" * 16 in row and (f"{number}c" * 20)[:7] in row and f"03:1{number}:05" in row and f"{12.5 + number}" in row
+        assert (
+            f"{number}e" * 16 in row
+            and (f"{number}c" * 20)[:7] in row
+            and f"03:1{number}:05" in row
+            and f"{12.5 + number}" in row
+        )
         assert ("with uncommitted changes" in row) == (number == 3)
     about = text(page.table("Versions and hardware"))
     assert "torch 2.15.0" in about and "Imagined CPU, cores 2" in about and "[]" not in about and "None" not in about
@@ -375,7 +498,10 @@ def test_a_study_without_records_says_not_recorded_and_takes_run_ids_from_its_ow
     runs = make_study(home, records=False)
     page = report(home)
     assert text(page.table("Provenance by stage")).count("not recorded") == 5 * 4
-    ids = [{"stage": "04_distill_students", "arm": "kd", "seed": 3, "run_id": "abc"}, {"stage": "05_evaluate", "run_id": "def"}]
+    ids = [
+        {"stage": "04_distill_students", "arm": "kd", "seed": 3, "run_id": "abc"},
+        {"stage": "05_evaluate", "run_id": "def"},
+    ]
     save_table(pd.DataFrame(ids), runs / "05_evaluate" / "provenance.csv")
     page = report(home)
     assert "abc" in text(next(r for r in page.all("tr", data_arm="kd") if r.get("data-seed") == "3"))
@@ -403,10 +529,20 @@ def test_tables_and_figures_lie_beside_the_page(home):
     runs = make_study(home)
     write_report("toy")
     tables = {path.name for path in (home / "reports" / "toy" / "tables").iterdir()}
-    assert {"summary.csv", "results.csv", "teacher.json", "pairs.csv", "hint_points.json", "similarity_r2_cca.csv", "images.json"} <= tables
+    assert {
+        "summary.csv",
+        "results.csv",
+        "teacher.json",
+        "pairs.csv",
+        "hint_points.json",
+        "similarity_r2_cca.csv",
+        "images.json",
+    } <= tables
     assert {"01_train_teacher_histories.csv", "04_distill_students_histories.csv"} <= tables
     assert not {"histories.csv", "timings.csv", "record.json"} & tables
-    assert (home / "reports" / "toy" / "tables" / "summary.csv").read_bytes() == (runs / "05_evaluate" / "summary.csv").read_bytes()
+    assert (home / "reports" / "toy" / "tables" / "summary.csv").read_bytes() == (
+        runs / "05_evaluate" / "summary.csv"
+    ).read_bytes()
     figures = {path.name for path in (home / "reports" / "toy" / "figures").iterdir()}
     assert figures == {f"{name}.{suffix}" for _, name, _, _ in FIGURES for suffix in ("png", "pdf")}
 
@@ -442,7 +578,9 @@ def test_no_number_means_a_dash_not_nan(home):
     table = read_table(runs / "05_evaluate" / "summary.csv")
     save_table(table.assign(gap_closed=math.nan, val_mean=math.nan), runs / "05_evaluate" / "summary.csv")
     page = report(home)
-    assert not re.search(r"\bnan\b", text(page.root), re.IGNORECASE) and "Best arm" not in text(page.table("Accuracy of all arms"))
+    assert not re.search(r"\bnan\b", text(page.root), re.IGNORECASE) and "Best arm" not in text(
+        page.table("Accuracy of all arms")
+    )
 
 
 def test_the_template_is_packed_with_the_library():
