@@ -23,7 +23,7 @@ from pursuhint_lib.methods import METHODS
 from pursuhint_lib.models import load_model, save_model
 from pursuhint_lib.params import DistillStudents
 from pursuhint_lib.progress import Progress
-from pursuhint_lib.storage import read_json, read_table, save_json, save_table
+from pursuhint_lib.storage import read_json, read_table, run_folder, save_json, save_table
 from pursuhint_lib.training import Learner, Schedule, autocast, fit
 
 TIMING_COLUMNS = ["seconds", "finished"]  # the only ones that differ between equal runs; kept in a table of their own
@@ -131,11 +131,18 @@ def kept_file(folder: Path, name: str, seed: int) -> Path:
     return Path(folder) / "networks" / f"{name}-s{seed}.safetensors"
 
 
-def load_teacher(folder: Path) -> nn.Module:
-    """The teacher that notebook 01 left in its folder. Raises what `read_table` and `load_model` raise."""
-    baselines = read_table(Path(folder) / "baselines.csv")
+def load_teacher(study: str) -> nn.Module:
+    """The teacher that notebook 01 trained. Raises what `storage.read_table` and `models.load_model` raise."""
+    folder = run_folder(study, "01_train_teacher")
+    baselines = read_table(folder / "baselines.csv")
     seed = baselines.loc[baselines["model"] == "teacher", "seed"].iloc[0]
     return load_model(kept_file(folder, "teacher", seed))[0]
+
+
+def load_student(study: str, arm: str, seed: int) -> nn.Module:
+    """A student of a study: "unaided" from notebook 01, any other arm from notebook 04. Raises what `models.load_model` raises."""
+    stage = "01_train_teacher" if arm == "unaided" else "04_distill_students"
+    return load_model(kept_file(run_folder(study, stage), arm, seed))[0]
 
 
 def train_and_keep(

@@ -95,3 +95,21 @@ def verdict(low: float, high: float) -> str:
     if not low <= high:
         return "unknown (one seed)"
     return "better" if low > 0 else "worse" if high < 0 else "includes zero"
+
+
+def contrast(results: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """Every clustered arm minus every other arm of the same method, paired by seed.
+
+    results: as for `summarize`. Columns: arm, minus, n, difference, low, high, reading (see `verdict`). Two arms that chose
+    the same layers differ by exactly zero.
+    """
+    accuracy = {arm: rows.set_index("seed")["test_accuracy"] for arm, rows in results.groupby("arm", sort=False)}
+    arms = results.drop_duplicates("arm")
+    table = []
+    for ours in arms[arms["strategy"].str.startswith("clustered")].itertuples():
+        for other in arms[(arms["method"] == ours.method) & ~arms["strategy"].str.startswith("clustered")].itertuples():
+            both = accuracy[ours.arm].index.intersection(accuracy[other.arm].index)
+            mean, low, high = paired_interval(accuracy[ours.arm][both], accuracy[other.arm][both], confidence)
+            row = {"arm": ours.arm, "minus": other.arm, "n": len(both), "difference": mean, "low": low, "high": high}
+            table.append(row | {"reading": verdict(low, high)})
+    return pd.DataFrame(table, columns=["arm", "minus", "n", "difference", "low", "high", "reading"])

@@ -143,7 +143,6 @@ class DistillStudents(StudentTraining, Networks, Hardware, Images):
 class Evaluate(Networks, Hardware, Images):
     """05: the test set, once."""
 
-    batch_size: Annotated[int, _NUMBER, Field(ge=2)] = 64
     confidence: Annotated[float, _NUMBER, Field(gt=0.5, lt=1)] = 0.95
 
 
@@ -162,10 +161,7 @@ def _own_keys(model: type[Study]) -> list[str]:
 
 
 def _common_keys() -> list[str]:
-    keys = dict.fromkeys(name for model in STAGES.values() for name in model.model_fields)
-    own = {name for model in STAGES.values() for name in _own_keys(model)}
-    # `batch_size` is a common key that notebook 05 declares by itself, because it trains nothing.
-    return [key for key in keys if key not in own or any(key in base.__annotations__ for base in (Images, Hardware, Networks, StudentTraining))]
+    return [key for base in (Study, Images, Hardware, Networks, StudentTraining) for key in _own_keys(base) if key != "model_config"]
 
 
 COMMON = _common_keys()

@@ -158,6 +158,30 @@ def similarity_map(
     return ax
 
 
+def cross_map(ax: Axes, similarity: pd.DataFrame, title: str, *, colorbar: bool = False) -> Axes:
+    """Heat map of teacher layers (rows) by student layers (columns) on [0, 1]; the most alike teacher layer of each column is marked."""
+    shown = ax.imshow(similarity.to_numpy(), vmin=0, vmax=1, cmap="viridis", interpolation="nearest", aspect="auto")
+    best = similarity.to_numpy().argmax(axis=0)
+    ax.plot(range(len(best)), best, "o", color="white", mec="black", ms=6, ls="none")
+    if colorbar:
+        ax.figure.colorbar(shown, ax=ax, shrink=0.8, label="linear CKA")
+    step = max(1, -(-len(similarity) // 9))
+    ax.set_xticks(range(similarity.shape[1]), range(1, similarity.shape[1] + 1))
+    ax.set_yticks(range(0, len(similarity), step), range(1, len(similarity) + 1, step))
+    ax.set(title=title, xlabel="student layer, by depth", ylabel="teacher layer, by depth")
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def scatter(ax: Axes, table: pd.DataFrame, x: str, y: str, group: str, *, xlabel: str, ylabel: str) -> Axes:
+    """A dot per row, colored by `group`."""
+    for i, (name, rows) in enumerate(table.groupby(group, sort=False)):
+        ax.scatter(rows[x], rows[y], s=28, color=COLORS[i % len(COLORS)], marker="os^D"[i // len(COLORS) % 4], label=name, alpha=0.8, lw=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(fontsize=7.5, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return ax
+
+
 def layer_path(ax: Axes, points: pd.DataFrame, hint_points: Sequence[str], title: str) -> Axes:
     """Layers as points in two dimensions, joined in order of depth, colored by cluster; hint points are stars.
 
