@@ -47,16 +47,31 @@ from pursuhint_lib.verdict import Verdict, as_json, judge
 STAGES = (
     Stage(
         "01_train_teacher",
-        writes=("teacher.safetensors", "students/unaided-s*.safetensors", "baselines.csv", "histories.csv", "timings.csv", "images.json"),
+        writes=(
+            "networks/teacher-s*.safetensors",
+            "networks/unaided-s*.safetensors",
+            "baselines.csv",
+            "histories.csv",
+            "timings.csv",
+            "images.json",
+        ),
         compared=("baselines.csv", "histories.csv"),
         resumes=True,
-        pieces="students/*.safetensors",
+        pieces="networks/*.safetensors",
         share=0.25,
     ),
     Stage(
         "02_profile_layers",
         reads=("01_train_teacher",),
-        writes=("layers_teacher.csv", "layers_student.csv", "similarity_*.csv", "similarity_untrained.csv", "resamples.csv", "probe_sizes.csv"),
+        writes=(
+            "layers_teacher.csv",
+            "layers_student.csv",
+            "similarity_*.csv",
+            "similarity_untrained.csv",
+            "agreement.csv",
+            "resamples.csv",
+            "probe_sizes.csv",
+        ),
         compared=("layers_teacher.csv", "layers_student.csv", "similarity_*.csv", "resamples.csv"),
         share=0.07,
     ),
@@ -70,18 +85,18 @@ STAGES = (
     Stage(
         "04_distill_students",
         reads=("01_train_teacher", "02_profile_layers", "03_cluster_layers"),
-        writes=("students/*.safetensors", "students.csv", "pairs.csv", "histories.csv", "timings.csv"),
+        writes=("networks/*.safetensors", "students.csv", "pairs.csv", "histories.csv", "timings.csv"),
         compared=("students.csv", "pairs.csv", "histories.csv"),
         resumes=True,
-        pieces="students/*.safetensors",
+        pieces="networks/*.safetensors",
         share=0.55,
     ),
     Stage(
         "05_evaluate",
         reads=("01_train_teacher", "02_profile_layers", "03_cluster_layers", "04_distill_students"),
-        writes=("results.csv", "summary.csv"),
+        writes=("results.csv", "summary.csv", "contrasts.csv", "alike.csv", "teacher.json", "provenance.csv"),
         shows=("report.html", "tables/results.csv", "tables/summary.csv"),
-        compared=("results.csv", "summary.csv"),
+        compared=("results.csv", "summary.csv", "contrasts.csv", "alike.csv", "teacher.json"),
         share=0.08,
     ),
 )
@@ -539,10 +554,15 @@ class Driver:
     def _save_status(self, **changes: Any) -> None:
         self.status |= {"study": self.study, "pid": os.getpid(), "host": socket.gethostname(), "updated": time.time()} | changes
         self.status |= {"seconds": self.past, "spent": self.spent}
-        self.status.setdefault("started", time.time())
-        if changes.get("state") == "running" and not self.prepared:
-            self.status["started"] = time.time()
-        save_json(self.status, run_folder(self.study) / "status.json")
+        path = run_folder(self.study) / "status.json"
+        try:
+            save_json(self.status, path)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not path.exists():
+                raise
+            with open(path, "r+", encoding="utf-8") as file:  # a full disk has no room for a new file, but for the old one's bytes
+                file.write(json.dumps(self.status, ensure_ascii=False))
+                file.truncate()
 
 
 # --- One notebook
@@ -620,7 +640,8 @@ class Execution:
             reason = f"{error.ename}: {_first_line(error.evalue)}"
             raise StageFailed(f"{stage} stopped in cell [{error.exec_count}]: {reason}{self._kept()}")
         if error is not None:
-            raise StageFailed(f"{stage} could not be executed: {_one_line(error)}{self._kept()}") from error
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            raise StageFailed(f"{stage} could not be executed: {reason}{self._kept()}") from error
         for cell in self._executed.cells:
             if cell.cell_type != "code" or not cell.source.strip():
                 continue
@@ -687,7 +708,7 @@ class Execution:
             log_output=False,
             start_timeout=120,
             coalesce_streams=True,
-            extra_arguments=["--log-level=40"],  # ipykernel would warn about its local TCP at every start
+            extra_arguments=["--log-level=50"],  # ipykernel remarks on its local TCP and on being stopped
         )
 
 
@@ -818,7 +839,7 @@ def _progress_text(heartbeat: Mapping[str, Any]) -> str:
 
 
 def _kept(study: str, sources: Sources) -> str:
-    """What a stopped run leaves, for example ``01_train_teacher, 02_profile_layers and 12 finished models``."""
+    """What a stopped run leaves, for example ``01_train_teacher, 02_profile_layers and 12 finished networks``."""
     done, pieces = [], 0
     for stage in sources.stages:
         folder, _ = _folders(study, stage.name)
@@ -827,7 +848,7 @@ def _kept(study: str, sources: Sources) -> str:
         elif stage.pieces:
             pieces += sum(not path.name.startswith(".") for path in folder.glob(stage.pieces))
     parts = [", ".join(done)] if done else []
-    parts += [f"{pieces} finished students"] if pieces else []
+    parts += [f"{pieces} finished networks"] if pieces else []
     return " and ".join(parts) or "nothing was finished yet"
 
 

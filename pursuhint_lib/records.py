@@ -27,7 +27,7 @@ FAILED = "failed.ipynb"
 RUNNING = "running.ipynb"
 _NOT_OUTPUTS = (RECORD, "progress.json", FAILED, RUNNING)  # and whatever has a part that starts with a dot
 # Files that differ between equal runs (times, dates). They are outputs, but nothing that follows may depend on them.
-_VOLATILE = ("timings.csv", EXECUTED, "*.pdf")
+_VOLATILE = ("timings.csv", "histories/*.csv", EXECUTED, "*.pdf")
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,7 @@ def _digest(path: Path) -> str:
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
-    last = name.rsplit("/", 1)[-1]
-    return any(fnmatch.fnmatch(last, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _hidden(name: str) -> bool:
@@ -223,7 +222,10 @@ def declared_parameters(path: Path) -> list[str]:
 
 
 def library_files(notebook: Path, library: Path) -> dict[str, Path]:
-    """Files of the package in the folder `library` that a notebook imports, directly or through others, by relative path."""
+    """Files of the package in the folder `library` that a notebook imports, directly or through others, by relative path.
+
+    A file that belongs to a module by its name (``report.html.j2`` to ``report.py``) goes with it.
+    """
     library = Path(library)
     found: dict[str, Path] = {}
     waiting = [module for code in code_of(notebook) for module in _imports(_parsed(code, notebook), "")]
@@ -232,6 +234,7 @@ def library_files(notebook: Path, library: Path) -> dict[str, Path]:
             name = path.relative_to(library).as_posix()
             if name not in found:
                 found[name] = path
+                found |= {own.relative_to(library).as_posix(): own for own in path.parent.glob(f"{path.stem}.*") if own.suffix != ".pyc"}
                 package = ".".join([library.name, *path.relative_to(library).parent.parts])
                 waiting += _imports(_parsed_file(path, path.stat().st_mtime_ns), package)
     return found

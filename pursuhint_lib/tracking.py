@@ -49,7 +49,7 @@ QUIET = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # it logs tracebacks of errors that it raises as well
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # a dead server is told soon
@@ -103,10 +103,11 @@ def _opened(uri: str) -> Any:
     os.environ.update(QUIET)
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="The ``noload`` loader strategy")  # MLflow's use of SQLAlchemy 2.1
     from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
     if uri == default_uri():
         _create_store(uri)
@@ -117,7 +118,7 @@ def _create_store(uri: str) -> None:
     """Create the schema once, one process at a time: two at once break each other. WAL lets a reader and writers meet."""
     path = _database()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(".mlflow.lock"), "w") as lock:
+    with open(path.with_name("mlflow.db.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _has_schema(path):
             return

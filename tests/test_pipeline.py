@@ -360,11 +360,11 @@ def test_after_a_kill_the_next_run_tells_the_truth_and_keeps_what_was_finished(t
     assert toy.status()["state"] == "running" and toy.mlflow() == ["RUNNING"]
     assert main(["status", "toy"], toy_sources(toy.root)) == 0
     told = capsys.readouterr().out
-    assert "was killed during 01_make (" in told and "finished students" in told and "[" not in told
+    assert "was killed during 01_make (" in told and "finished networks" in told and "[" not in told
     kept = len(list((toy.make / "parts").glob("p*.txt")))
     assert toy.run() == 0
     out = capsys.readouterr().out
-    assert out.startswith("the last run was killed during 01_make (") and f"kept: {kept} finished students; going on" in out
+    assert out.startswith("the last run was killed during 01_make (") and f"kept: {kept} finished networks; going on" in out
     assert toy.trained() == ["0", "1", "2", "3"]
     assert toy.mlflow() == ["KILLED", "FINISHED"]
     assert "first run: nothing to compare with" in out
@@ -389,7 +389,7 @@ def test_an_interrupted_study_says_what_is_kept_and_leaves_no_kernel(toy, signum
     _, error = driver.communicate(timeout=20)
     assert driver.returncode == code
     assert error == (
-        f"stopped by {name} during 01_make (1/4, part 0); kept: 1 finished students; 'make reproduce STUDY=toy' goes on from there\n"
+        f"stopped by {name} during 01_make (1/4, part 0); kept: 1 finished networks; 'make reproduce STUDY=toy' goes on from there\n"
     )
     assert toy.status()["state"] == "interrupted" and toy.mlflow() == ["KILLED"]
     with pytest.raises(ProcessLookupError):
@@ -443,6 +443,7 @@ def inputs(toy):
     ("file", "text", "told"),
     [
         ("toylib/names.py", "ARMS = []\n", "library file names.py changed"),
+        ("toylib/arms.page.j2", "<p>", "library file arms.page.j2 changed"),
         ("toylib/unused.py", "x = 1\n", "nothing"),
         ("requirements.lock", "torch==2\n", "requirements.lock changed"),
     ],
