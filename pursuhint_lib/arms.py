@@ -5,9 +5,10 @@ from the same weights and see the same batches, so arms are compared in pairs.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from pursuhint_lib.features import FrozenTeacher
 from pursuhint_lib.hints import HintPair, HintPoints, pair_layers
 from pursuhint_lib.learners import Distilled, Hint, balance_hints
 from pursuhint_lib.methods import METHODS
-from pursuhint_lib.models import load_model, save_model
+from pursuhint_lib.models import load_model, save_model, state_hash
 from pursuhint_lib.params import DistillStudents
 from pursuhint_lib.progress import Progress
 from pursuhint_lib.storage import read_json, read_table, run_folder, save_json, save_table
+from pursuhint_lib.study import StudyImages, fixed_batches, fresh_network, training_batches, training_facts
+from pursuhint_lib.tracking import StageRun
 from pursuhint_lib.training import Learner, Schedule, autocast, fit
 
 TIMING_COLUMNS = ["seconds", "finished"]  # the only ones that differ between equal runs; kept in a table of their own
@@ -78,39 +81,88 @@ def pair_table(arms: Sequence[Arm], teacher_table: pd.DataFrame, student_table: 
     return pd.DataFrame(rows, columns=["arm", "hint", "teacher_layer", "student_layer", "teacher_shape", "student_shape"])
 
 
-def arm_learner(
-    arm: Arm,
-    student: nn.Module,
-    params: DistillStudents,
-    *,
-    teacher: FrozenTeacher,
-    teacher_table: pd.DataFrame,
-    student_table: pd.DataFrame,
-    batches: Batches,
-    dtype: torch.dtype,
-) -> Distilled:
-    """The learner of an arm: `student` (fresh weights) with the arm's hints, weighed as the parameters say.
+@dataclass(frozen=True)
+class Distillation:
+    """What all arms of a study share: images, a frozen teacher, the layer tables, the recipe."""
 
-    With balance "gradient" the weights are set on the first four batches of epoch 0, see `learners.balance_hints`.
-    """
-    published = METHODS[arm.method].published_weight if arm.pairs else 0.0
-    weight = params.hint_weights.get(arm.method, published)
-    learner = Distilled(
-        student,
-        ce_weight=params.ce_weight,
-        kd_weight=params.kd_weight,
-        temperature=params.temperature,
-        hints=[Hint(arm.method, arm.pairs, weight)] if arm.pairs else [],
-        teacher_table=teacher_table,
-        student_table=student_table,
-        seed=batches.seed,
-    ).to(batches.device, memory_format=torch.channels_last)
-    if arm.pairs and params.balance == "gradient":
-        first = [batch for batch, _ in zip(batches.epoch(0), range(4), strict=False)]
-        with autocast(batches.device, dtype):
-            observations = [teacher.observe(batch.images, layers=list(learner.teacher_layers)) for batch in first]
-            balance_hints(learner, first, observations, params.hint_share)
-    return learner
+    params: DistillStudents
+    images: StudyImages
+    teacher: FrozenTeacher
+    teacher_table: pd.DataFrame
+    student_table: pd.DataFrame
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of every student."""
+        p = self.params
+        return Schedule(p.schedule, p.epochs, p.learning_rate, p.momentum, p.weight_decay)
+
+    def batches(self, seed: int) -> Batches:
+        """What every student of `seed` is shown."""
+        return training_batches(self.params, self.images, self.params.batch_size, seed, self.device)
+
+    def learner(self, arm: Arm, seed: int) -> Distilled:
+        """A fresh student of `seed` with the arm's hints, weighed as the parameters say.
+
+        With balance "gradient" the weights are set on the first four batches of epoch 0, see `learners.balance_hints`.
+        """
+        published = METHODS[arm.method].published_weight if arm.pairs else 0.0
+        weight = self.params.hint_weights.get(arm.method, published)
+        learner = Distilled(
+            fresh_network(self.params.student, self.images, seed),
+            ce_weight=self.params.ce_weight,
+            kd_weight=self.params.kd_weight,
+            temperature=self.params.temperature,
+            hints=[Hint(arm.method, arm.pairs, weight)] if arm.pairs else [],
+            teacher_table=self.teacher_table,
+            student_table=self.student_table,
+            seed=seed,
+        ).to(self.device, memory_format=torch.channels_last)
+        if arm.pairs and self.params.balance == "gradient":
+            first = list(itertools.islice(self.batches(seed).epoch(0), 4))
+            with autocast(self.device, self.dtype):
+                observations = [self.teacher.observe(batch.images, layers=learner.teacher_layers) for batch in first]
+                balance_hints(learner, first, observations, self.params.hint_share)
+        return learner
+
+    def key(self, arm: Arm) -> str:
+        """Hash of all that decides the arm's students but the seed, see `training_key`."""
+        names = {"student", "ce_weight", "kd_weight", "temperature", "balance", "hint_share", "hint_weights"}
+        return training_key(
+            method=arm.method,
+            pairs=[asdict(pair) for pair in arm.pairs],
+            teacher=state_hash(self.teacher.model),
+            schedule=asdict(self.schedule),
+            **self.params.model_dump(include=names),
+            **training_facts(self.params, self.images, self.params.batch_size, self.device, self.dtype),
+        )
+
+    def train(self, arms: Sequence[Arm], folder: Path) -> pd.DataFrame:
+        """Train every arm that is not `same_as` another, seed by seed in lockstep, and keep the students in `folder`.
+
+        Returns the histories of all arms and seeds; see `train_and_keep` for what is not trained again, and for errors.
+        """
+        trained = {arm.name: arm for arm in arms if not arm.same_as}
+        keys = {name: self.key(arm) for name, arm in trained.items()}
+        seeds, epochs = self.params.seeds, self.params.epochs
+        progress = Progress(folder, len(seeds) * len(trained) * epochs, "student epochs")
+        histories = [
+            train_and_keep(
+                folder,
+                keys,
+                lambda name, seed=seed: self.learner(trained[name], seed),
+                self.batches(seed),
+                self.schedule,
+                teacher=self.teacher,
+                validation=fixed_batches(self.params, self.images, self.images.validation, self.device),
+                progress=progress,
+                dtype=self.dtype,
+            )
+            for seed in seeds
+        ]
+        return pd.concat(histories, ignore_index=True)
 
 
 def training_key(**facts: Any) -> str:
@@ -121,7 +173,7 @@ def training_key(**facts: Any) -> str:
 
 def _code_hash() -> str:
     here = Path(__file__).parent
-    names = ["arms", "data", "features", "hints", "learners", "losses", "methods", "training"]
+    names = ["arms", "data", "features", "hints", "learners", "losses", "methods", "study", "training"]
     files = [here / f"{name}.py" for name in names] + sorted((here / "models").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -258,3 +310,15 @@ def student_table_rows(history: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFra
                 }
             )
     return pd.DataFrame(rows)
+
+
+def log_students(run: StageRun, arms: Sequence[Arm], histories: pd.DataFrame, distillation: Distillation) -> None:
+    """A child run in MLflow for every trained student, with what a reader of the compare view groups by."""
+    params = distillation.params
+    for arm in arms:
+        if not arm.same_as:
+            hint_points = ", ".join(pair.teacher_layer for pair in arm.pairs)
+            facts = {"network": params.student, "teacher": params.teacher, "method": arm.method, "strategy": arm.strategy}
+            facts |= {"hint_points": hint_points or "none", "epochs": params.epochs}
+            for seed in params.seeds:
+                run.log_trained_model(arm=arm.name, seed=seed, history=histories, params=facts, key=distillation.key(arm))

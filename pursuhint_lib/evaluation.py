@@ -98,18 +98,33 @@ def verdict(low: float, high: float) -> str:
 
 
 def contrast(results: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
-    """Every clustered arm minus every other arm of the same method, paired by seed.
+    """Every arm with clustered hints against KD and against the controls of its own method, paired by seed.
 
-    results: as for `summarize`. Columns: arm, minus, n, difference, low, high, reading (see `verdict`). Two arms that chose
-    the same layers differ by exactly zero.
+    results: as for `summarize`. The controls are `kd`, stage ends, uniform depth, and the mean of all random draws
+    ("random"); those that a study does not have are left out. Columns: arm, control (a strategy, or "kd"), n (paired
+    seeds), mean (of the difference), low, high (t interval), word (see `verdict`; "same layers" where both are the same
+    students, because two strategies chose the same layers).
     """
-    accuracy = {arm: rows.set_index("seed")["test_accuracy"] for arm, rows in results.groupby("arm", sort=False)}
-    arms = results.drop_duplicates("arm")
+    accuracy = results.pivot(index="seed", columns="arm", values="test_accuracy")
+    arms = results.drop_duplicates("arm").set_index("arm", drop=False)
+    trained = dict(zip(arms["arm"], arms["same_as"].where(arms["same_as"] != "", arms["arm"]), strict=True))
     table = []
-    for ours in arms[arms["strategy"].str.startswith("clustered")].itertuples():
-        for other in arms[(arms["method"] == ours.method) & ~arms["strategy"].str.startswith("clustered")].itertuples():
-            both = accuracy[ours.arm].index.intersection(accuracy[other.arm].index)
-            mean, low, high = paired_interval(accuracy[ours.arm][both], accuracy[other.arm][both], confidence)
-            row = {"arm": ours.arm, "minus": other.arm, "n": len(both), "difference": mean, "low": low, "high": high}
-            table.append(row | {"reading": verdict(low, high)})
-    return pd.DataFrame(table, columns=["arm", "minus", "n", "difference", "low", "high", "reading"])
+    for arm in arms[arms["strategy"].str.startswith("clustered")].itertuples():
+        own = arms[arms["method"] == arm.method]
+        controls = {
+            "kd": ["kd"] if "kd" in trained else [],
+            "stage_ends": list(own.index[own["strategy"] == "stage_ends"]),
+            "uniform": list(own.index[own["strategy"] == "uniform"]),
+            "random": list(own.index[own["strategy"].str.startswith("random")]),
+        }
+        for control, names in controls.items():
+            if not names:
+                continue
+            difference = (accuracy[arm.arm] - accuracy[names].mean(axis="columns", skipna=False)).dropna()
+            if len(difference):
+                mean, low, high = mean_interval(difference.to_numpy(), confidence)
+                same = len({trained[name] for name in [arm.arm, *names]}) == 1
+                word = "same layers" if same else verdict(low, high)
+                row = {"arm": arm.arm, "control": control, "n": len(difference), "mean": mean, "low": low, "high": high}
+                table.append(row | {"word": word})
+    return pd.DataFrame(table, columns=["arm", "control", "n", "mean", "low", "high", "word"])

@@ -1,6 +1,6 @@
 """Tables -> pictures. matplotlib is imported here only; nothing is computed here that a table should hold.
 
-Every function draws on axes that it is given and returns them; `save_figure` writes PNG and PDF. Similarity is always
+Most functions draw on axes that they are given; `save_figure` writes PNG and PDF. Similarity is always
 drawn on the scale [0, 1], clusters and stages always in the same colors.
 """
 
@@ -42,18 +42,17 @@ def use_style() -> None:
     matplotlib.rcParams.update(STYLE)
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> Path:
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """Write ``<folder>/<name>.png`` and ``.pdf``, whole, without dates in them (equal figures give equal bytes)."""
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = Path(folder) / f"{name}{suffix}"
         with written_whole(path) as temporary:
             figure.savefig(temporary, metadata=metadata)
-    return path
 
 
 def image_grid(images: Tensor, titles: Sequence[str], columns: int = 8) -> Figure:
     """A grid of images (N, C, H, W) uint8 with a title over each; one channel is drawn in gray."""
-    rows = -(-len(images) // columns)
+    rows = max(1, -(-len(images) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.3 * rows), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
@@ -73,14 +72,13 @@ def feature_maps(maps: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def layer_ladder(ax: Axes, table: pd.DataFrame, title: str) -> Axes:
+def layer_ladder(ax: Axes, table: pd.DataFrame, title: str) -> None:
     """Height of the feature maps against depth, a bar per layer, colored by stage, channels written on the stage ends."""
     ax.bar(table["depth"], table["height"], color=[stage_color(s) for s in table["stage"]], width=0.85)
     for row in table[table["stage_end"]].itertuples():
         ax.annotate(f"{row.channels} ch", (row.depth, row.height), ha="right", va="bottom", fontsize=8)
     ax.set(title=title, xlabel="depth (candidate layer)", ylabel="height of the map (pixels)")
     ax.set_xlim(0.3, max(table["depth"]) + 0.7)
-    return ax
 
 
 def stage_color(number: int) -> str:
@@ -88,14 +86,13 @@ def stage_color(number: int) -> str:
     return COLORS[(int(number) - 1) % len(COLORS)]
 
 
-def learning_rates(ax: Axes, rates: Sequence[float]) -> Axes:
+def learning_rates(ax: Axes, rates: Sequence[float]) -> None:
     """Learning rate per step."""
     ax.plot(np.linspace(0, 100, len(rates)), rates, color=COLORS[0])
     ax.set(xlabel="training done (%)", ylabel="learning rate", ylim=(0, None), title="Learning rate")
-    return ax
 
 
-def curves(ax: Axes, history: pd.DataFrame, column: str, label: str, *, percent: bool = False) -> Axes:
+def curves(ax: Axes, history: pd.DataFrame, column: str, label: str, *, percent: bool = False) -> None:
     """`column` against epoch, a line per arm (mean over seeds) with the range of the seeds as a band."""
     scale = 100 if percent else 1
     for i, (arm, rows) in enumerate(history.dropna(subset=[column]).groupby("arm", sort=False)):
@@ -106,10 +103,9 @@ def curves(ax: Axes, history: pd.DataFrame, column: str, label: str, *, percent:
         if rows["seed"].nunique() > 1:
             ax.fill_between(mean.index, by_epoch.min() * scale, by_epoch.max() * scale, color=color, alpha=0.1, lw=0)
     ax.set(xlabel="epoch", ylabel=label, title=f"{label} (mean of seeds; band: all seeds)" if history["seed"].nunique() > 1 else label)
-    return ax
 
 
-def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], label: str, color: str = COLORS[0]) -> Axes:
+def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], label: str, color: str = COLORS[0]) -> None:
     """Horizontal bars with their values, first on top."""
     drawn = ax.barh(range(len(labels)), values, color=color)
     ax.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
@@ -117,7 +113,6 @@ def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], label: str, c
     ax.invert_yaxis()
     ax.set(xlabel=label)
     ax.margins(x=0.12)
-    return ax
 
 
 def similarity_map(
@@ -129,7 +124,7 @@ def similarity_map(
     labels: Sequence[int] | None = None,
     hint_points: Sequence[str] = (),
     colorbar: bool = True,
-) -> Axes:
+) -> None:
     """Heat map of a similarity table on [0, 1]; lines between stages, clusters as a colored bar on the left, stars on hint points.
 
     stages, labels: one number per row (stages from 1, clusters from 0). Axes count layers from 1 by depth.
@@ -155,10 +150,9 @@ def similarity_map(
     ax.tick_params(axis="y", pad=2 + (14 if labels is not None else 0))
     ax.set(title=title, xlabel="layer, by depth", ylabel="layer, by depth")
     ax.spines[:].set_visible(False)
-    return ax
 
 
-def cross_map(ax: Axes, similarity: pd.DataFrame, title: str, *, colorbar: bool = False) -> Axes:
+def cross_map(ax: Axes, similarity: pd.DataFrame, title: str, *, colorbar: bool = False) -> None:
     """Heat map of teacher layers (rows) by student layers (columns) on [0, 1]; the most alike teacher layer of each column is marked."""
     shown = ax.imshow(similarity.to_numpy(), vmin=0, vmax=1, cmap="viridis", interpolation="nearest", aspect="auto")
     best = similarity.to_numpy().argmax(axis=0)
@@ -170,19 +164,17 @@ def cross_map(ax: Axes, similarity: pd.DataFrame, title: str, *, colorbar: bool 
     ax.set_yticks(range(0, len(similarity), step), range(1, len(similarity) + 1, step))
     ax.set(title=title, xlabel="student layer, by depth", ylabel="teacher layer, by depth")
     ax.spines[:].set_visible(False)
-    return ax
 
 
-def scatter(ax: Axes, table: pd.DataFrame, x: str, y: str, group: str, *, xlabel: str, ylabel: str) -> Axes:
+def scatter(ax: Axes, table: pd.DataFrame, x: str, y: str, group: str, *, xlabel: str, ylabel: str) -> None:
     """A dot per row, colored by `group`."""
     for i, (name, rows) in enumerate(table.groupby(group, sort=False)):
         ax.scatter(rows[x], rows[y], s=28, color=COLORS[i % len(COLORS)], marker="os^D"[i // len(COLORS) % 4], label=name, alpha=0.8, lw=0)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(fontsize=7.5, bbox_to_anchor=(1.01, 1), loc="upper left")
-    return ax
 
 
-def layer_path(ax: Axes, points: pd.DataFrame, hint_points: Sequence[str], title: str) -> Axes:
+def layer_path(ax: Axes, points: pd.DataFrame, hint_points: Sequence[str], title: str) -> None:
     """Layers as points in two dimensions, joined in order of depth, colored by cluster; hint points are stars.
 
     points: columns layer, depth, x, y, cluster (from 0).
@@ -196,10 +188,9 @@ def layer_path(ax: Axes, points: pd.DataFrame, hint_points: Sequence[str], title
         ax.annotate(row.depth, (row.x, row.y), xytext=(5, 4), textcoords="offset points", fontsize=7.5)
     ax.set(title=title, xlabel="first dimension", ylabel="second dimension", aspect="equal")
     ax.legend(fontsize=8)
-    return ax
 
 
-def strategies(ax: Axes, chosen: Mapping[str, Sequence[str]], table: pd.DataFrame) -> Axes:
+def strategies(ax: Axes, chosen: Mapping[str, Sequence[str]], table: pd.DataFrame) -> None:
     """All strategies on one depth axis: a row each, a dot per hint point; stages as shaded ground.
 
     chosen: strategy -> layers; table: the teacher's layer table.
@@ -216,10 +207,9 @@ def strategies(ax: Axes, chosen: Mapping[str, Sequence[str]], table: pd.DataFram
     ax.set_ylim(len(chosen) - 0.5, -1.1)
     ax.set_xlim(0.5, len(table) + 0.5)
     ax.set(xlabel="depth (candidate layer)", title="Hint points, by strategy")
-    return ax
 
 
-def metric_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, group: str, *, xlabel: str, ylabel: str) -> Axes:
+def metric_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, group: str, *, xlabel: str, ylabel: str) -> None:
     """`y` against `x`, a line per value of `group`; when an x has several values, their mean with the range as a band."""
     for i, (name, rows) in enumerate(table.groupby(group, sort=False)):
         grouped = rows.groupby(x)[y]
@@ -229,19 +219,17 @@ def metric_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, group: str, *, x
             ax.fill_between(mean.index, grouped.min(), grouped.max(), color=COLORS[i % len(COLORS)], alpha=0.12, lw=0)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(fontsize=8)
-    return ax
 
 
-def frequencies(ax: Axes, stability: pd.DataFrame, table: pd.DataFrame, title: str) -> Axes:
+def frequencies(ax: Axes, stability: pd.DataFrame, table: pd.DataFrame, title: str) -> None:
     """How often each layer is a hint point over resamples (%), bars colored by stage. stability: columns layer, frequency."""
     rows = table.merge(stability, on="layer", how="left").fillna({"frequency": 0.0})
     ax.bar(rows["depth"], 100 * rows["frequency"], color=[stage_color(s) for s in rows["stage"]], width=0.85)
     ax.set(xlabel="depth (candidate layer)", ylabel="chosen (% of resamples)", ylim=(0, 105), title=title)
     ax.set_xlim(0.3, max(rows["depth"]) + 0.7)
-    return ax
 
 
-def accuracy_dots(ax: Axes, results: pd.DataFrame, column: str, label: str, teacher: float | None = None) -> Axes:
+def accuracy_dots(ax: Axes, results: pd.DataFrame, column: str, label: str, teacher: float | None = None) -> None:
     """A dot per seed and a bar at the mean, arms sorted by mean, best on top; the teacher as a line. Fractions -> percent."""
     order = results.groupby("arm")[column].mean().sort_values(ascending=False).index
     for row, arm in enumerate(order):
@@ -257,10 +245,9 @@ def accuracy_dots(ax: Axes, results: pd.DataFrame, column: str, label: str, teac
     ax.set(xlabel=f"{label} (%)", title=f"{label}: a dot per seed, a bar at the mean")
     ax.grid(axis="x", color="#eeeeee")
     ax.set_axisbelow(True)
-    return ax
 
 
-def differences(ax: Axes, summary: pd.DataFrame, reference: str, confidence: float) -> Axes:
+def differences(ax: Axes, summary: pd.DataFrame, reference: str, confidence: float) -> None:
     """Forest plot: paired difference of each arm to `reference` with its interval, in points; zero as a line."""
     rows = summary.dropna(subset=["difference"]).sort_values("difference", ascending=False, ignore_index=True)
     for i, row in rows.iterrows():
@@ -278,7 +265,6 @@ def differences(ax: Axes, summary: pd.DataFrame, reference: str, confidence: flo
     )
     ax.grid(axis="x", color="#eeeeee")
     ax.set_axisbelow(True)
-    return ax
 
 
 def probabilities(axes: Sequence[Axes], table: pd.DataFrame) -> None:

@@ -20,9 +20,8 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from scipy import stats
 
-from pursuhint_lib.evaluation import mean_interval, verdict
+from pursuhint_lib.evaluation import verdict
 from pursuhint_lib.params import STAGES
 from pursuhint_lib.storage import home, read_json, read_table, report_folder, written_whole
 
@@ -95,7 +94,7 @@ CONCLUSIONS = {  # the same in the words of one sentence, in the order of saying
 class Facts:
     """The files of a study that the page is made of.
 
-    results, summary, teacher: of notebook 05, as in `evaluation.summarize`. histories: of 01 and 04, by stage.
+    results, summary, contrasts, teacher, confidence: of notebook 05, see `evaluation`. histories: of 01 and 04, by stage.
     records: stage -> its record.json, or {} where there is none (a notebook run by hand, or 05 while it is running).
     runs: MLflow run ids, of notebooks by stage and of trained networks by "<arm>-s<seed>", as far as recorded.
     """
@@ -108,23 +107,12 @@ class Facts:
     layers: pd.DataFrame
     hint_points: Mapping[str, Mapping[str, Any]]
     pairs: pd.DataFrame
+    contrasts: pd.DataFrame
+    confidence: float
     stability: pd.DataFrame
     histories: Mapping[str, pd.DataFrame]
     records: Mapping[str, Mapping[str, Any]]
     runs: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Mean test accuracy of an arm minus a control's, paired over n seeds; `word` is how to read it."""
-
-    arm: str
-    control: str
-    n: int
-    mean: float
-    low: float
-    high: float
-    word: str
 
 
 def write_report(study: str) -> Path:
@@ -135,14 +123,13 @@ def write_report(study: str) -> Path:
     """
     runs, reports = home() / "runs" / study, home() / "reports" / study
     facts = read_facts(runs)
-    confidence = interval_confidence(facts.results, facts.summary)
-    comparisons = compare_with_controls(facts.results, confidence)
+    comparisons = list(facts.contrasts.itertuples())
     tables, pictures = _unique_names(_tables(runs)), _unique_names(_pictures(runs))
     template = _environment(facts).get_template(TEMPLATE)
     page = template.render(
         study=study,
         facts=facts,
-        level=f"{100 * confidence:g}\u202f%",
+        level=f"{100 * facts.confidence:g}\u202f%",
         headline=_headline(facts, comparisons),
         setting=_setting(facts),
         arms=_main_rows(facts),
@@ -174,6 +161,8 @@ def read_facts(runs: Path) -> Facts:
     return Facts(
         results=results,
         summary=summary,
+        contrasts=read_table(evaluate / "contrasts.csv"),
+        confidence=read_json(evaluate / "settings.json")["confidence"],
         teacher=read_json(evaluate / "teacher.json"),
         baselines=read_table(teach / "baselines.csv"),
         images=read_json(teach / "images.json"),
@@ -216,61 +205,7 @@ def _without_gaps(table: pd.DataFrame) -> pd.DataFrame:
 # --- What the tables say
 
 
-def interval_confidence(results: pd.DataFrame, summary: pd.DataFrame) -> float:
-    """The level of the summary's intervals, worked out from them; 0.95 when it has none (one seed).
-
-    The level is a parameter of notebook 05, whose record is not written while that notebook makes the report. From the
-    table itself it is always the right one: half width = t((1 + level) / 2, n - 1) * std / sqrt(n).
-    """
-    spread = results.groupby("arm")["test_accuracy"].agg(["std", "size"])
-    known = summary.set_index("arm").join(spread).dropna(subset=["test_low", "std"])
-    if known.empty or not known["std"].max() > 0:
-        return 0.95
-    widest = known.loc[known["std"].idxmax()]
-    t = (widest["test_high"] - widest["test_mean"]) / (widest["std"] / math.sqrt(widest["size"]))
-    return round(float(2 * stats.t.cdf(t, widest["size"] - 1) - 1), 4)
-
-
-def compare_with_controls(results: pd.DataFrame, confidence: float) -> list[Comparison]:
-    """Every arm with clustered hints against KD and against the controls of its own method, paired by seed.
-
-    The controls are stage ends, uniform depth, and the mean of all random draws. Arms that a study does not have are
-    left out. Two arms with the same layers are the same students: word is then "same layers".
-    """
-    accuracy = results.pivot(index="seed", columns="arm", values="test_accuracy")
-    arms = results.drop_duplicates("arm").set_index("arm", drop=False)
-    trained = dict(zip(arms["arm"], arms["same_as"].where(arms["same_as"] != "", arms["arm"]), strict=True))
-    found = []
-    for arm in arms[arms["strategy"].str.startswith("clustered")].itertuples():
-        own = arms[arms["method"] == arm.method]
-        controls = {
-            "KD without hints": ["kd"] if "kd" in trained else [],
-            "stage_ends": list(own.index[own["strategy"] == "stage_ends"]),
-            "uniform": list(own.index[own["strategy"] == "uniform"]),
-            "random": list(own.index[own["strategy"].str.startswith("random")]),
-        }
-        for control, names in controls.items():
-            difference = (
-                (accuracy[arm.arm] - accuracy[names].mean(axis="columns", skipna=False)).dropna() if names else ()
-            )
-            if len(difference):
-                mean, low, high = mean_interval(difference.to_numpy(), confidence)
-                same = len({trained[name] for name in [arm.arm, *names]}) == 1
-                found.append(
-                    Comparison(
-                        arm.arm,
-                        control,
-                        len(difference),
-                        mean,
-                        low,
-                        high,
-                        "same layers" if same else verdict(low, high),
-                    )
-                )
-    return found
-
-
-def _headline(facts: Facts, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def _headline(facts: Facts, comparisons: Sequence[Any]) -> dict[str, Any]:
     """The rows to show first: unaided, KD, the best arm by validation, and per method the main clustered arm."""
     rows = {row.arm: row for row in facts.summary.itertuples()}
     # By name first: of arms that validation cannot tell apart, the summary's order would take the one that tested best.
@@ -303,7 +238,7 @@ def _main_rows(facts: Facts) -> list[Any]:
     return sorted(table.itertuples(), key=lambda row: row.arm == "unaided")
 
 
-def _by_arm(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def _by_arm(comparisons: Sequence[Any]) -> dict[str, Any]:
     """Comparisons as a table: controls as columns, arm -> control -> comparison."""
     controls = list(dict.fromkeys(c.control for c in comparisons))
     cells = {arm: {c.control: c for c in own} for arm, own in itertools.groupby(comparisons, key=lambda c: c.arm)}

@@ -71,7 +71,7 @@ def read_table(path: Path, *, index: bool = False) -> pd.DataFrame:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: run notebook {path.parent.name} of this study first")
-    return pd.read_csv(path, index_col=0 if index else None, float_precision="round_trip", keep_default_na=True)
+    return pd.read_csv(path, index_col=0 if index else None)
 
 
 def save_json(value: Any, path: Path) -> Path:

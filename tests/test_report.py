@@ -14,15 +14,13 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from pursuhint_lib.evaluation import summarize
+from pursuhint_lib.evaluation import contrast, summarize
 from pursuhint_lib.params import STAGES
 from pursuhint_lib.report import (
     DASH,
     FIGURES,
     MINUS,
     TEMPLATE,
-    compare_with_controls,
-    interval_confidence,
     write_report,
 )
 from pursuhint_lib.storage import REPOSITORY, read_table, save_json, save_table
@@ -84,6 +82,8 @@ def make_study(home, *, seeds=5, methods=("at",), confidence=0.95, records=True,
     results = pd.DataFrame(rows)
     save_table(results, evaluate / "results.csv")
     save_table(summarize(results, TEACHER["test_accuracy"], confidence=confidence), evaluate / "summary.csv")
+    save_table(contrast(results, confidence), evaluate / "contrasts.csv")
+    save_json({"confidence": confidence, "reference": "kd"}, evaluate / "settings.json")
     save_json(TEACHER, evaluate / "teacher.json")
 
     baseline = {
@@ -370,13 +370,18 @@ def test_an_arm_with_the_layers_of_another_says_so_everywhere(home):
     assert len(runs) == 5 and all(f"run-uniform-{seed}" in row for seed, row in enumerate(runs))
 
 
+def results_of(runs):
+    return read_table(runs / "05_evaluate" / "results.csv").fillna({"same_as": ""})
+
+
 def with_differences(home, runs, difference):
     """Test accuracy of the main clustered arm = KD's plus `difference` (per seed), the rest as it was."""
-    results = read_table(runs / "05_evaluate" / "results.csv").fillna({"same_as": ""})
+    results = results_of(runs)
     kd = results.loc[results["arm"] == "kd", "test_accuracy"].to_numpy()
     results.loc[results["arm"] == "at_clustered_r2_cca", "test_accuracy"] = kd + difference
     save_table(results, runs / "05_evaluate" / "results.csv")
     save_table(summarize(results, TEACHER["test_accuracy"]), runs / "05_evaluate" / "summary.csv")
+    save_table(contrast(results), runs / "05_evaluate" / "contrasts.csv")
     return report(home)
 
 
@@ -417,10 +422,10 @@ def test_one_seed_gives_no_interval_and_no_verdict(home):
 def test_differences_to_the_controls_equal_a_paired_t_test(home):
     runs = make_study(home)
     results = read_table(runs / "05_evaluate" / "results.csv").fillna({"same_as": ""})
-    found = {(c.arm, c.control): c for c in compare_with_controls(results, 0.9)}
+    found = {(c.arm, c.control): c for c in contrast(results, 0.9).itertuples()}
     wide = {arm: rows.sort_values("seed")["test_accuracy"].to_numpy() for arm, rows in results.groupby("arm")}
     controls = {
-        "KD without hints": wide["kd"],
+        "kd": wide["kd"],
         "stage_ends": wide["at_stage_ends"],
         "uniform": wide["at_uniform"],
         "random": (wide["at_random_0"] + wide["at_random_1"]) / 2,
@@ -438,16 +443,14 @@ def test_differences_are_paired_over_the_seeds_that_both_arms_have(home):
     runs = make_study(home)
     results = read_table(runs / "05_evaluate" / "results.csv").fillna({"same_as": ""})
     fewer = results[(results["arm"] != "at_stage_ends") | (results["seed"] > 1)]
-    found = {(c.arm, c.control): c for c in compare_with_controls(fewer, 0.95)}
+    found = {(c.arm, c.control): c for c in contrast(fewer, 0.95).itertuples()}
     assert found["at_clustered_r2_cca", "stage_ends"].n == 3
     assert found["at_clustered_r2_cca", "uniform"].n == 5
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
 def test_the_page_names_the_level_of_the_intervals_that_it_shows(home, confidence):
-    runs = make_study(home, confidence=confidence)
-    tables = [read_table(runs / "05_evaluate" / f"{name}.csv") for name in ("results", "summary")]
-    assert interval_confidence(*tables) == confidence
+    make_study(home, confidence=confidence)
     assert set(re.findall(r"(\d+) % interval", text(report(home).root))) == {f"{100 * confidence:.0f}"}
 
 
@@ -562,6 +565,7 @@ def test_a_study_without_clustered_arms_has_a_page_too(home):
     for name in ("results.csv", "summary.csv"):
         table = read_table(runs / "05_evaluate" / name)
         save_table(table[~table["strategy"].str.startswith("clustered")], runs / "05_evaluate" / name)
+    save_table(contrast(results_of(runs)), runs / "05_evaluate" / "contrasts.csv")
     page = report(home)
     assert "says nothing about the method" in text(page.root)
     assert "Clustered hints against the controls" not in page.source
