@@ -24,8 +24,9 @@ def study_seconds_left(
 ) -> tuple[float | None, float | None]:
     """Seconds left of this stage and of the study (from this stage to the last of `later`); None when nothing is known.
 
-    past: seconds that stages took, in this run or the last one; spent_s: this stage's, so far. A stage that says how far
-    it is, is believed. One that was never timed is guessed from those that were and the `shares` of the stage table.
+    past: seconds that stages took, in this run or the last one; spent_s: this stage's, so far. A stage that says how
+    far it is, is believed. One that was never timed is guessed from those that were and the `shares` of the stage
+    table.
     """
     timed = {name: past[name] for name in shares if past.get(name)}
     pace = sum(timed.values()) / sum(shares[name] for name in timed) if timed else None
@@ -76,8 +77,10 @@ class LiveLine:
             self._drawn = False
 
 
-def stage_line(place: str, stage: str, heartbeat: Mapping[str, Any] | None, left: float | None, study_left: float | None) -> str:
-    """For example ``[4/5] 04_distill_students 35 % · at_uniform s0: 61.2 % · stage 40 s, study about 1 min 10 s left``."""
+def stage_line(
+    place: str, stage: str, heartbeat: Mapping[str, Any] | None, left: float | None, study_left: float | None
+) -> str:
+    """As in ``[4/5] 04_distill_students 35 % · at_uniform s0: 61.2 % · stage 40 s, study about 1 min 10 s left``."""
     parts = [f"{place} {stage}"]
     if heartbeat:
         parts[0] += f" {100 * heartbeat['done'] // heartbeat['total']} %"

@@ -1,14 +1,14 @@
 """Notebooks in order, headless.
 
-    python -m pursuhint_lib.pipeline reproduce STUDY [--force]    run what is not there yet, and say whether it was reproduced
+    python -m pursuhint_lib.pipeline reproduce STUDY [--force]    run what is not there yet, end with a verdict
     python -m pursuhint_lib.pipeline status STUDY                 where the study stands; runs nothing
     python -m pursuhint_lib.pipeline check STUDY                  is params/STUDY.yaml fit to run? runs nothing
 
 The driver owns each stage. It executes the notebook through papermill (only here) with this environment's own
-interpreter, creates and closes the MLflow run, and writes the stage's record; it believes neither the notebook's metadata
-(papermill marks the cells of a dead kernel "completed") nor an exit code (``sys.exit(0)`` in a cell is no success).
-papermill works in a second thread, so that the first one can draw the live line, watch the kernel's memory and answer
-Ctrl-C at once.
+interpreter, creates and closes the MLflow run, and writes the stage's record; it believes neither the notebook's
+metadata (papermill marks the cells of a dead kernel "completed") nor an exit code (``sys.exit(0)`` in a cell is no
+success). papermill works in a second thread, so that the first one can draw the live line, watch the kernel's memory
+and answer Ctrl-C at once.
 
 Every expected error ends with one line and a status other than 0; ``PURSUHINT_DEBUG=1`` shows the traceback.
 """
@@ -16,17 +16,13 @@ Every expected error ends with one line and a status other than 0; ``PURSUHINT_D
 import argparse
 import contextlib
 import errno
-import fcntl
 import importlib
 import json
 import os
-import re
-import shlex
 import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -36,12 +32,30 @@ from pathlib import Path
 from typing import Any
 
 from pursuhint_lib import records
+from pursuhint_lib.execution import Execution, StageFailed, copy_whole, kernel_environment, publish
 from pursuhint_lib.live import LiveLine, stage_line, study_seconds_left
 from pursuhint_lib.params import ParameterError, check_names, load_params, nearest, study_file
 from pursuhint_lib.progress import duration, read_progress
-from pursuhint_lib.provenance import hardware, memory_limit, source_state, versions
+from pursuhint_lib.provenance import hardware, source_state, versions
 from pursuhint_lib.records import Stage
-from pursuhint_lib.storage import REPOSITORY, home, read_json, read_table, report_folder, run_folder, save_json, written_whole
+from pursuhint_lib.status import (
+    StudyBusy,
+    command_line,
+    end_process,
+    first_line,
+    folders,
+    is_busy,
+    kept,
+    progress_text,
+    read_status,
+    read_verdict,
+    short,
+    stamp,
+    state_text,
+    study_lock,
+    where,
+)
+from pursuhint_lib.storage import REPOSITORY, home, read_json, read_table, report_folder, run_folder, save_json
 from pursuhint_lib.verdict import Verdict, as_json, judge
 
 STAGES = (
@@ -123,14 +137,6 @@ class Sources:
         return self.notebooks / f"{stage.name}.ipynb"
 
 
-class StageFailed(RuntimeError):
-    """A stage did not end well. The text is one line: stage, cell, error, where the notebook is kept."""
-
-
-class StudyBusy(RuntimeError):
-    """Another driver runs this study."""
-
-
 class Stopped(Exception):
     """A signal asked the driver to stop."""
 
@@ -144,7 +150,9 @@ class Stopped(Exception):
 
 def main(arguments: list[str] | None = None, sources: Sources | None = None) -> int:
     """Run a command line; returns the exit status (0, 1, or 128 + the number of the signal that stopped it)."""
-    parser = argparse.ArgumentParser(prog="python -m pursuhint_lib.pipeline", description="Run a study's notebooks in order.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pursuhint_lib.pipeline", description="Run a study's notebooks in order."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, text in (
         ("reproduce", "run what is not there yet, end with a verdict"),
@@ -154,7 +162,9 @@ def main(arguments: list[str] | None = None, sources: Sources | None = None) -> 
         command = verbs.add_parser(verb, help=text)
         command.add_argument("study", help="a name in params/, for example digits")
         if verb == "reproduce":
-            command.add_argument("--force", action="store_true", help="run every notebook again and train every model again")
+            command.add_argument(
+                "--force", action="store_true", help="run every notebook again and train every model again"
+            )
     options = parser.parse_args(arguments)
     sources = sources or Sources()
     with _signals() as stop:
@@ -191,15 +201,15 @@ def reproduce(study: str, *, force: bool, sources: Sources, stop: "_StopFlag") -
     Raises ParameterError, StageFailed, StudyBusy, Stopped, and what the system raises (a full disk).
     """
     params, file = _parameters(study, sources)
-    with _study_lock(study):
+    with study_lock(study):
         Driver(study, params, file, sources, stop).run(force)
 
 
 def describe(study: str, sources: Sources) -> str:
     """Where a study stands, in a few lines. Looks only."""
     params, _ = _parameters(study, sources)
-    status, busy = read_status(study), _is_busy(study)
-    lines = [f"study {study}: {_state_text(study, status, busy, sources)}"]
+    status, busy = read_status(study), is_busy(study)
+    lines = [f"study {study}: {state_text(study, status, busy, sources.stages)}"]
     earlier: dict[str, dict] = {}
     for stage in sources.stages:
         record, reason = _standing(study, stage, params, sources, earlier)
@@ -227,7 +237,7 @@ def _parameters(study: str, sources: Sources) -> tuple[Mapping[str, Any], str]:
         unset = [name for name in declared if name not in given]
         if unknown:
             raise ParameterError(
-                f"{file}: {unknown[0]}: the parameters cell of {notebook.parent.name}/{notebook.name} does not declare it"
+                f"{file}: {unknown[0]}: not declared in the parameters cell of {notebook.parent.name}/{notebook.name}"
                 f"{nearest(unknown[0], declared)} (declared: {', '.join(declared)})"
             )
         if unset:
@@ -242,7 +252,7 @@ def _standing(
     study: str, stage: Stage, params: Mapping[str, Any], sources: Sources, earlier: Mapping[str, dict]
 ) -> tuple[dict | None, str]:
     """The record of a stage, and why the stage has to run ("" when it holds)."""
-    folder, reports = _folders(study, stage.name)
+    folder, reports = folders(study, stage.name)
     record = records.read_record(folder)
     if record is None:
         return None, "not done yet"
@@ -256,10 +266,6 @@ def _standing(
 def _inputs(stage: Stage, params: Mapping[str, Any], sources: Sources, earlier: Mapping[str, dict]) -> dict[str, Any]:
     parameters = params[stage.name].model_dump(mode="json")
     return records.inputs_of(stage, parameters, sources.notebook(stage), sources.library, sources.lock, earlier)
-
-
-def _folders(study: str, stage: str) -> tuple[Path, Path]:
-    return home() / "runs" / study / stage, home() / "reports" / study
 
 
 # --- The driver
@@ -335,12 +341,16 @@ class Driver:
     def _keep_previous(self) -> None:
         """Set aside what the verdict will compare with: the last whole run here, else the published one."""
         last = self.sources.stages[-1]
-        folder, reports = _folders(self.study, last.name)
+        folder, reports = folders(self.study, last.name)
         target = run_folder(self.study, PREVIOUS)
         shutil.rmtree(target)
-        found = {stage.name: records.read_record(_folders(self.study, stage.name)[0]) for stage in self.sources.stages}
+        found = {stage.name: records.read_record(folders(self.study, stage.name)[0]) for stage in self.sources.stages}
         results = folder / RESULTS
-        whole = all(found.values()) and results.exists() and found[last.name]["outputs"].get(RESULTS) == records.sha256(results)
+        whole = (
+            all(found.values())
+            and results.exists()
+            and found[last.name]["outputs"].get(RESULTS) == records.sha256(results)
+        )
         if not whole:
             results, found = reports / "tables" / RESULTS, {}
             if not results.exists():
@@ -355,26 +365,31 @@ class Driver:
         """The last driver is dead and could say nothing: say it for it, and see that its kernel is gone."""
         status = self.status
         if status.get("host") == socket.gethostname():
-            _end_process(status.get("kernel"))
+            end_process(status.get("kernel"))
         stage = status.get("stage", "")
-        heartbeat = read_progress(_folders(self.study, stage)[0]) if stage else None
+        heartbeat = read_progress(folders(self.study, stage)[0]) if stage else None
         if heartbeat and heartbeat["updated"] >= status.get("stage_started", 0):
-            status["progress"] = _progress_text(heartbeat)
+            status["progress"] = progress_text(heartbeat)
             self.spent[stage] = self.spent.get(stage, 0.0) + heartbeat["updated"] - status["stage_started"]
-        self.live.say(f"the last run was killed {_where(status)}; kept: {_kept(self.study, self.sources)}; going on from there")
+        self.live.say(
+            f"the last run was killed {where(status)}; "
+            f"kept: {kept(self.study, self.sources.stages)}; going on from there"
+        )
 
     # One stage
 
     def _run_stage(self, stage: Stage, place: str, reason: str, old: dict | None, to_redo: list[str]) -> dict:
         folder = run_folder(self.study, stage.name)
-        _, reports = _folders(self.study, stage.name)
+        _, reports = folders(self.study, stage.name)
         inputs = _inputs(stage, self.params, self.sources, self.records)
         self.live.say(f"{place} {stage.name} ({reason})")
         self._clear(stage, folder, reports, old, forced=stage.name in to_redo)
         if stage.name in to_redo:
             to_redo.remove(stage.name)
         started = time.time()
-        self._save_status(state="running", stage=stage.name, progress="", stage_started=started, to_redo=to_redo, kernel=None)
+        self._save_status(
+            state="running", stage=stage.name, progress="", stage_started=started, to_redo=to_redo, kernel=None
+        )
         tracking = _tracking()
         source = source_state(REPOSITORY)
         experiment_id = tracking.open_experiment(self.study)
@@ -385,7 +400,7 @@ class Driver:
         execution = Execution(self.sources.notebook(stage), folder, parameters, environment)
         try:
             notebook = self._watch(stage, place, started, execution)
-            _publish(notebook, folder, report_folder(self.study, "notebooks") / f"{stage.name}.ipynb")
+            publish(notebook, folder, report_folder(self.study, "notebooks") / f"{stage.name}.ipynb")
             outputs = records.outputs_of(stage, folder, reports)
         except BaseException as error:
             self.spent[stage.name] = self.spent.get(stage.name, 0.0) + time.time() - started
@@ -406,8 +421,8 @@ class Driver:
             "hardware": hardware(),
             "threads": parameters.get("threads"),
             "peak_memory_gb": round(execution.peak_bytes / 2**30, 2),
-            "started": _stamp(started),
-            "ended": _stamp(time.time()),
+            "started": stamp(started),
+            "ended": stamp(time.time()),
             "seconds": round(seconds, 1),
         }
         save_json(record, folder / records.RECORD)  # last: from here on the stage is done
@@ -432,10 +447,10 @@ class Driver:
                 aside = run_folder(self.study, SET_ASIDE) / stage.name / name
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, aside)
-                self.live.say(f"{name} is not what was recorded: moved to {_short(aside)}, made again")
+                self.live.say(f"{name} is not what was recorded: moved to {short(aside)}, made again")
 
     def _watch(self, stage: Stage, place: str, started: float, execution: "Execution") -> dict:
-        """Wait for the notebook, drawing the live line. Returns the executed notebook; raises StageFailed or Stopped."""
+        """Wait for the notebook, drawing the live line. Returns it executed; raises StageFailed or Stopped."""
         names = [one.name for one in self.sources.stages]
         later = names[names.index(stage.name) + 1 :]
         shares = {one.name: one.share for one in self.sources.stages}
@@ -456,28 +471,29 @@ class Driver:
         return execution.result(stage.name)
 
     def _tell_of_end(self, error: BaseException) -> None:
-        """Tell the truth after an error or a signal; what cannot be written (a full disk) must not hide the error itself."""
+        """Tell the truth after an error or a signal; a status that cannot be written must not hide the error."""
         self.live.clear()
         stopped = isinstance(error, Stopped)
         if self.status.get("state") == "running" and self.prepared:
             stage = self.status["stage"]
-            heartbeat = read_progress(_folders(self.study, stage)[0]) if stage else None
-            text = _progress_text(heartbeat) if heartbeat else ""
+            heartbeat = read_progress(folders(self.study, stage)[0]) if stage else None
+            text = progress_text(heartbeat) if heartbeat else ""
             message = "" if stopped else _one_line(error)
             with contextlib.suppress(Exception):
                 state = "interrupted" if stopped else "failed"
                 self._save_status(state=state, progress=text, kernel=None, message=message)
         if stopped:
             print(
-                f"stopped by {'Ctrl-C' if error.signum == signal.SIGINT else error} {_where(self.status)}; "
-                f"kept: {_kept(self.study, self.sources)}; '{_command('reproduce', self.study)}' goes on from there",
+                f"stopped by {'Ctrl-C' if error.signum == signal.SIGINT else error} {where(self.status)}; "
+                f"kept: {kept(self.study, self.sources.stages)}; "
+                f"'{command_line('reproduce', self.study)}' goes on from there",
                 file=sys.stderr,
             )
 
     def _log_files(self, run_id: str, stage: Stage) -> dict[str, Any]:
-        """Close the run, with the stage's files. Returns its id and those of its models. A failing tracker costs no result."""
+        """Close the run, with the stage's files. Returns its and its models' ids. A failing tracker costs no result."""
         tracking = _tracking()
-        folder, reports = _folders(self.study, stage.name)
+        folder, reports = folders(self.study, stage.name)
         try:
             tracking.log_stage_files(run_id, folder)
             tracking.log_files(run_id, [reports / name for name in stage.shows], "report")
@@ -490,18 +506,21 @@ class Driver:
         return {"notebook": run_id, "models": {f"{row.arm}-s{row.seed}": row.run_id for row in table.itertuples()}}
 
     def _restore_notebook(self, stage: Stage) -> None:
-        folder, reports = _folders(self.study, stage.name)
+        folder, reports = folders(self.study, stage.name)
         copy = reports / "notebooks" / f"{stage.name}.ipynb"
         if not copy.exists():
-            _copy_whole(folder / records.EXECUTED, copy)
+            copy_whole(folder / records.EXECUTED, copy)
 
     # After the last stage
 
     def _nothing_to_do(self) -> None:
-        verdict = _read_verdict(self.study)
+        verdict = read_verdict(self.study)
         took = sum(record["seconds"] for record in self.records.values())
         ended = max(record["ended"] for record in self.records.values())
-        self.live.say(f"nothing to do: all {len(self.records)} notebooks of {self.study} are done (last {ended}, {duration(took)} in all)")
+        self.live.say(
+            f"nothing to do: all {len(self.records)} notebooks of {self.study} are done "
+            f"(last {ended}, {duration(took)} in all)"
+        )
         self.live.say(f"verdict of the last run: {verdict['text']}")
         self.live.say(f"report: {self._report()}")
 
@@ -509,7 +528,7 @@ class Driver:
         verdict = self._verdict()
         reports = report_folder(self.study)
         save_json(self.records, reports / "records.json")
-        save_json(as_json(verdict) | {"ended": _stamp(time.time())}, run_folder(self.study) / "verdict.json")
+        save_json(as_json(verdict) | {"ended": stamp(time.time())}, run_folder(self.study) / "verdict.json")
         self._save_status(state="finished", stage="", progress="", to_redo=[], kernel=None, message="")
         self.live.say(f"study {self.study}: done in {duration(seconds)}")
         tracking = _tracking()
@@ -530,11 +549,17 @@ class Driver:
             f"{key} {before!r} -> {now!r}"
             for name, record in self.records.items()
             if name in old
-            for key, before, now in records.differences(old[name]["inputs"]["parameters"], record["inputs"]["parameters"])
+            for key, before, now in records.differences(
+                old[name]["inputs"]["parameters"], record["inputs"]["parameters"]
+            )
         ]
         old_digests = self._compared(old) or {f"{self.sources.stages[-1].name}/{RESULTS}": records.sha256(old_table)}
         return judge(
-            read_table(old_table), read_table(new_table), old_digests, self._compared(self.records), ", ".join(dict.fromkeys(changed))
+            read_table(old_table),
+            read_table(new_table),
+            old_digests,
+            self._compared(self.records),
+            ", ".join(dict.fromkeys(changed)),
         )
 
     def _compared(self, found: Mapping[str, dict]) -> dict[str, str]:
@@ -549,10 +574,15 @@ class Driver:
     def _report(self) -> str:
         reports = home() / "reports" / self.study
         page = reports / "report.html"
-        return _short(page if page.exists() else reports)
+        return short(page if page.exists() else reports)
 
     def _save_status(self, **changes: Any) -> None:
-        self.status |= {"study": self.study, "pid": os.getpid(), "host": socket.gethostname(), "updated": time.time()} | changes
+        self.status |= {
+            "study": self.study,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "updated": time.time(),
+        } | changes
         self.status |= {"seconds": self.past, "spent": self.spent}
         path = run_folder(self.study) / "status.json"
         try:
@@ -560,349 +590,14 @@ class Driver:
         except OSError as error:
             if error.errno != errno.ENOSPC or not path.exists():
                 raise
-            with open(path, "r+", encoding="utf-8") as file:  # a full disk has no room for a new file, but for the old one's bytes
+            with open(
+                path, "r+", encoding="utf-8"
+            ) as file:  # a full disk has no room for a new file, but for the old one's bytes
                 file.write(json.dumps(self.status, ensure_ascii=False))
                 file.truncate()
 
 
-# --- One notebook
-
-
-class Execution:
-    """A notebook, executed by papermill in a second thread."""
-
-    def __init__(self, notebook: Path, folder: Path, parameters: Mapping[str, Any], environment: Mapping[str, str]):
-        self.notebook, self.folder = notebook, folder
-        self.parameters, self.environment = dict(parameters), dict(environment)
-        self.kernel: dict[str, Any] | None = None  # {"pid", "created"} of the kernel's process
-        self.peak_bytes = 0
-        self._error: BaseException | None = None
-        self._executed: Any = None
-        self._killed = False
-        self._looked = 0.0
-        self._thread = threading.Thread(target=self._execute, name="papermill", daemon=True)
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait at most so long; True when the notebook has ended, well or not."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def kill(self) -> None:
-        """End the kernel and every process it started."""
-        self._killed = True
-        end = time.monotonic() + 15
-        while self._thread.is_alive() and time.monotonic() < end:  # again and again: it may only just be starting
-            for process in self._kernel_processes():
-                with contextlib.suppress(Exception):  # it may have ended by itself
-                    process.kill()
-            self._thread.join(0.2)
-        (self.folder / records.RUNNING).unlink(missing_ok=True)  # papermill has marked its cells "completed"
-
-    def look(self) -> None:
-        """Note who the kernel is and how much memory it and its children hold. Costs little: at most once a second."""
-        if time.monotonic() - self._looked < 1:
-            return
-        self._looked = time.monotonic()
-        import psutil
-
-        total = 0
-        for process in self._kernel_processes():
-            with contextlib.suppress(psutil.Error):
-                total += process.memory_info().rss
-        self.peak_bytes = max(self.peak_bytes, total)
-
-    def _kernel_processes(self) -> list[Any]:
-        import psutil
-
-        with contextlib.suppress(psutil.Error):
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.Error):
-                    if "ipykernel_launcher" in child.cmdline():
-                        self.kernel = {"pid": child.pid, "created": child.create_time()}
-                        return [child, *child.children(recursive=True)]
-        return []
-
-    def result(self, stage: str) -> dict:
-        """The executed notebook. Raises StageFailed, one line, when it did not run through."""
-        import papermill
-        from nbclient.exceptions import DeadKernelError
-
-        error = self._error
-        if isinstance(error, DeadKernelError):
-            cell = self._mark_dead_cell()
-            peak = f"peak memory {self.peak_bytes / 2**30:.1f} GB of {memory_limit() / 2**30:.1f} GB" if self.peak_bytes else "peak memory unknown"
-            raise StageFailed(f"{stage}: the kernel died in cell {cell} ({peak}): likely out of memory, or killed from outside{self._kept()}")
-        if isinstance(error, papermill.PapermillExecutionError):
-            reason = f"{error.ename}: {_first_line(error.evalue)}"
-            raise StageFailed(f"{stage} stopped in cell [{error.exec_count}]: {reason}{self._kept()}")
-        if error is not None:
-            reason = f"{type(error).__name__}: {_first_line(error)}"
-            raise StageFailed(f"{stage} could not be executed: {reason}{self._kept()}") from error
-        for cell in self._executed.cells:
-            if cell.cell_type != "code" or not cell.source.strip():
-                continue
-            errors = [output for output in cell.outputs if output.output_type == "error"]
-            if errors or cell.execution_count is None:
-                reason = f"{errors[0].ename}: {_first_line(errors[0].evalue)}" if errors else "it was not run"
-                raise StageFailed(f"{stage} ended early in cell [{cell.execution_count or '-'}]: {reason}{self._kept()}")
-        return self._executed
-
-    def _kept(self) -> str:
-        """Keep the notebook as it stopped, and say where."""
-        with contextlib.suppress(OSError):
-            os.replace(self.folder / records.RUNNING, self.folder / records.FAILED)
-            return f"; notebook as it stopped: {_short(self.folder / records.FAILED)}"
-        return ""
-
-    def _mark_dead_cell(self) -> str:
-        """papermill marks every cell of a dead kernel "completed": put that right. Returns the number of the cell that died."""
-        path = self.folder / records.RUNNING
-        try:
-            notebook = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return "[?]"
-        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        begun = [cell for cell in notebook["cells"] if cell["metadata"].get("papermill", {}).get("start_time")]
-        for cell in notebook["cells"]:
-            if cell not in begun:
-                cell["metadata"].setdefault("papermill", {})["status"] = "pending"
-        if begun:
-            begun[-1]["metadata"]["papermill"] |= {"status": "failed", "exception": True}
-        notebook["metadata"].setdefault("papermill", {})["exception"] = True
-        with contextlib.suppress(OSError):
-            path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False), encoding="utf-8")
-        return f"[{sum(cell in begun for cell in code)}]"
-
-    def _execute(self) -> None:
-        try:
-            with tempfile.TemporaryDirectory(prefix="pursuhint-") as private, _environ(self.environment | _private(private)):
-                try:
-                    self._papermill()
-                except RuntimeError as error:
-                    # jupyter_client reports a kernel that did not start so; once it may be a port taken by another program.
-                    if self._killed or "Kernel d" not in str(error) or _has_begun(self.folder / records.RUNNING):
-                        raise
-                    self._papermill()
-        except BaseException as error:  # handed to the first thread
-            self._error = error
-
-    def _papermill(self) -> None:
-        import logging
-
-        import papermill
-
-        for name in ("papermill", "traitlets"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # the driver says what went wrong, in one line
-        self._executed = papermill.execute_notebook(
-            _literal(self.notebook),
-            _literal(self.folder / records.RUNNING),
-            parameters=self.parameters,
-            kernel_name="python3",
-            language="python",
-            cwd=str(self.notebook.parent),  # as in JupyterLab
-            progress_bar=False,
-            log_output=False,
-            start_timeout=120,
-            coalesce_streams=True,
-            extra_arguments=["--log-level=50"],  # ipykernel remarks on its local TCP and on being stopped
-        )
-
-
-def kernel_environment(threads: int | None) -> dict[str, str]:
-    """Environment of a notebook's kernel: this repository, a fixed number of threads, no surprises."""
-    environment = {
-        "PURSUHINT_HOME": str(home()),
-        "PURSUHINT_PREFIX": sys.prefix,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
-        "PYTHONHASHSEED": "0",  # the order of sets must not differ between equal runs
-        "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
-    }
-    if threads:
-        environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    return environment
-
-
-def _private(folder: str) -> dict[str, str]:
-    """Jupyter's folders for one notebook, below the temporary `folder`, with a kernel that is this very interpreter.
-
-    Otherwise a kernel called python3 in the user's home or in another Jupyter may win, and the user's IPython start-up
-    files, history and a home that cannot be written would matter.
-    """
-    kernel = Path(folder) / "share" / "kernels" / "python3"
-    kernel.mkdir(parents=True)
-    command = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    text = json.dumps({"argv": command, "display_name": "Python 3 (ipykernel)", "language": "python"})
-    (kernel / "kernel.json").write_text(text, encoding="utf-8")
-    return {
-        "JUPYTER_PATH": str(kernel.parent.parent),  # searched first
-        "JUPYTER_PREFER_ENV_PATH": "1",
-        "JUPYTER_RUNTIME_DIR": f"{folder}/runtime",
-        "IPYTHONDIR": f"{folder}/ipython",
-    }
-
-
-@contextlib.contextmanager
-def _environ(changes: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(changes)
-    os.environ.pop("MPLBACKEND", None)  # figures belong in the notebook
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _literal(path: Path) -> str:
-    """papermill formats paths with the parameters: braces in a folder's name have to be doubled."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def _has_begun(path: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return any(cell.get("execution_count") for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
-    return False
-
-
-def _publish(notebook: Any, folder: Path, target: Path) -> None:
-    """Keep the executed notebook in the stage's folder and in the reports, without a trace of this machine's folders."""
-    import nbformat
-
-    notebook.metadata.papermill |= {
-        "input_path": f"notebooks/{target.name}",
-        "output_path": f"reports/{target.parent.parent.name}/notebooks/{target.name}",
-    }
-    text = nbformat.writes(notebook)
-    for place in sorted({str(REPOSITORY), str(home()), sys.prefix, str(Path.home())}, key=len, reverse=True):
-        if len(place) > 1:
-            text = text.replace(json.dumps(place)[1:-1] + "/", "")
-    with written_whole(folder / records.EXECUTED) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    _copy_whole(folder / records.EXECUTED, target)
-    (folder / records.RUNNING).unlink(missing_ok=True)
-
-
-def _copy_whole(source: Path, target: Path) -> None:
-    with written_whole(target) as temporary:
-        shutil.copyfile(source, temporary)
-
-
-# --- Status, lock, signals
-
-
-def read_status(study: str) -> dict[str, Any]:
-    """What the last driver wrote of itself, {} when there was none or it cannot be read."""
-    try:
-        status = json.loads((home() / "runs" / study / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
-
-
-def _state_text(study: str, status: Mapping[str, Any], busy: bool, sources: Sources) -> str:
-    stage = status.get("stage", "")
-    heartbeat = read_progress(home() / "runs" / study / stage) if stage else None
-    now = dict(status)
-    if heartbeat and heartbeat["updated"] >= status.get("stage_started", 0):
-        now["progress"] = _progress_text(heartbeat)
-    if busy:
-        left = heartbeat.get("eta_s") if heartbeat else None
-        return f"running {_where(now)}" + (f", {duration(left)} left of it" if left is not None else "") + f" (process {status.get('pid')})"
-    going_on = f"kept: {_kept(study, sources)}; '{_command('reproduce', study)}' goes on from there"
-    match status.get("state"):
-        case None:
-            return "not run yet"
-        case "finished":
-            return f"finished; {_read_verdict(study)['text']}"
-        case "running" if status.get("host") != socket.gethostname():
-            return f"last seen running on {status.get('host')} {_where(now)}; {going_on}"
-        case "running":
-            return f"was killed {_where(now)}; {going_on}"
-        case "failed":
-            return f"failed: {status.get('message')}; {going_on}"
-        case _:
-            return f"was interrupted {_where(now)}; {going_on}"
-
-
-def _where(status: Mapping[str, Any]) -> str:
-    if not status.get("stage"):
-        return "between two notebooks"
-    return f"during {status['stage']}" + (f" ({status['progress']})" if status.get("progress") else "")
-
-
-def _progress_text(heartbeat: Mapping[str, Any]) -> str:
-    return f"{heartbeat['done']}/{heartbeat['total']}, {heartbeat['text']}"
-
-
-def _kept(study: str, sources: Sources) -> str:
-    """What a stopped run leaves, for example ``01_train_teacher, 02_profile_layers and 12 finished networks``."""
-    done, pieces = [], 0
-    for stage in sources.stages:
-        folder, _ = _folders(study, stage.name)
-        if records.read_record(folder) is not None:
-            done.append(stage.name)
-        elif stage.pieces:
-            pieces += sum(not path.name.startswith(".") for path in folder.glob(stage.pieces))
-    parts = [", ".join(done)] if done else []
-    parts += [f"{pieces} finished networks"] if pieces else []
-    return " and ".join(parts) or "nothing was finished yet"
-
-
-def _read_verdict(study: str) -> dict[str, Any]:
-    try:
-        return json.loads((home() / "runs" / study / "verdict.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {"verdict": "", "text": "not known"}
-
-
-@contextlib.contextmanager
-def _study_lock(study: str) -> Iterator[None]:
-    """Hold the study. The system lets go of it when the process ends, however it ends, so it is never stale."""
-    with open(run_folder(study) / ".lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            status = read_status(study)
-            raise StudyBusy(
-                f"study {study} is being run by process {status.get('pid', '?')} on {status.get('host', 'this machine')}; "
-                f"'{_command('status', study)}' shows how far it is"
-            ) from None
-        yield
-
-
-def _is_busy(study: str) -> bool:
-    path = home() / "runs" / study / ".lock"
-    if not path.exists():
-        return False
-    with open(path) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _end_process(kernel: Mapping[str, Any] | None) -> None:
-    """See that a dead driver's kernel, which ends by itself within seconds, does not write beside its successor."""
-    if not kernel:
-        return
-    import psutil
-
-    try:
-        process = psutil.Process(kernel["pid"])
-        if abs(process.create_time() - kernel["created"]) > 1:
-            return  # the number was used again
-        family = [process, *process.children(recursive=True)]
-        _, alive = psutil.wait_procs(family, timeout=4)
-        for one in alive:
-            one.kill()
-        psutil.wait_procs(alive, timeout=4)
-    except psutil.Error:
-        return
+# --- Signals
 
 
 class _StopFlag:
@@ -950,36 +645,23 @@ def _tracking() -> Any:
     return importlib.import_module("pursuhint_lib.tracking")
 
 
-def _command(verb: str, study: str) -> str:
-    return f"make reproduce STUDY={study}" if verb == "reproduce" else f"python -m pursuhint_lib.pipeline {verb} {shlex.quote(study)}"
-
-
 def _one_line(error: BaseException) -> str:
     """An error in one line; a full disk says what to do."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC or "No space left on device" in str(cause):
-            return f"the disk is full ({_short(home())}, {shutil.disk_usage(home()).free / 2**20:.0f} MB free): {_first_line(error)}; make room, the same command goes on"
+        if (isinstance(cause, OSError) and cause.errno == errno.ENOSPC) or "No space left on device" in str(cause):
+            free = shutil.disk_usage(home()).free / 2**20
+            return (
+                f"the disk is full ({short(home())}, {free:.0f} MB free): {first_line(error)}; "
+                "make room, the same command goes on"
+            )
         cause = cause.__cause__
-    expected = isinstance(error, (ParameterError, StageFailed, StudyBusy, FileNotFoundError, ValueError)) or type(error).__name__ == "TrackingError"
-    text = _first_line(error)
+    expected = (
+        isinstance(error, (ParameterError, StageFailed, StudyBusy, FileNotFoundError, ValueError))
+        or type(error).__name__ == "TrackingError"
+    )
+    text = first_line(error)
     return text if expected and text else f"{type(error).__name__}: {text} (PURSUHINT_DEBUG=1 shows where)"
-
-
-def _first_line(text: Any) -> str:
-    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text))
-    return next((line.strip() for line in plain.splitlines() if line.strip()), "")[:1000]
-
-
-def _short(path: Path) -> str:
-    """A path as seen from where the command was given, when it lies below."""
-    with contextlib.suppress(ValueError):
-        return str(path.relative_to(Path.cwd()))
-    return str(path)
-
-
-def _stamp(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Which code, versions and machine made a result.
 
-What is said here goes into stage records and MLflow tags. Records may be published, so nothing here names a path, a user
-or a host.
+What is said here goes into stage records and MLflow tags. Records may be published, so nothing here names a path, a
+user or a host.
 """
 
 import functools
@@ -15,7 +15,18 @@ from typing import Any
 
 from pursuhint_lib.storage import REPOSITORY
 
-PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scikit-learn", "scipy", "matplotlib", "mlflow", "papermill", "ipykernel")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "scipy",
+    "matplotlib",
+    "mlflow",
+    "papermill",
+    "ipykernel",
+)
 
 
 def source_state(repository: Path = REPOSITORY) -> dict[str, Any]:
@@ -36,7 +47,12 @@ def _git(folder: Path, *arguments: str) -> str | None:
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # looking must never make someone else's git command fail
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, env=environment, check=True
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env=environment,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -6,7 +6,8 @@ record has the key of today's inputs and every output still has its recorded byt
 
 The key covers the parameters, the notebook's source without outputs, the library files that the notebook imports
 (directly or through others), the lock file, and what the stage reads from earlier stages. Earlier stages count by the
-*bytes they wrote*, not by their own keys: a stage that was made again with the same result does not drag the rest along.
+*bytes they wrote*, not by their own keys: a stage that was made again with the same result does not drag the rest
+along.
 """
 
 import ast
@@ -34,11 +35,11 @@ _VOLATILE = ("timings.csv", "histories/*.csv", EXECUTED, "*.pdf")
 class Stage:
     """One notebook: what it reads and writes.
 
-    reads: earlier stages whose files it opens. writes: files below ``runs/<study>/<name>/`` that must be there at its end
-    (patterns). shows: the same below ``reports/<study>/``. compared: the tables by which two runs of a study are compared.
-    resumes: it takes up its own files after an interruption, so they are left in place; otherwise it starts in an empty
-    folder. pieces: pattern of the files that are each worth telling of ("12 finished students"). share: rough part of a
-    study's time, used for the first forecast only.
+    reads: earlier stages whose files it opens. writes: files below ``runs/<study>/<name>/`` that must be there at its
+    end (patterns). shows: the same below ``reports/<study>/``. compared: the tables by which two runs of a study are
+    compared. resumes: it takes up its own files after an interruption, so they are left in place; otherwise it starts
+    in an empty folder. pieces: pattern of the files that are each worth telling of ("12 finished students"). share:
+    rough part of a study's time, used for the first forecast only.
     """
 
     name: str
@@ -84,7 +85,10 @@ def key_of(inputs: Mapping[str, Any]) -> str:
 
 def what_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """In a few words, why two `inputs` differ, for example ``parameter epochs 2 -> 3``."""
-    reasons = [f"parameter {key} {before!r} -> {now!r}" for key, before, now in differences(old["parameters"], new["parameters"])]
+    reasons = [
+        f"parameter {key} {before!r} -> {now!r}"
+        for key, before, now in differences(old["parameters"], new["parameters"])
+    ]
     if old["notebook"] != new["notebook"]:
         reasons.append("the notebook changed")
     reasons += [f"library file {name} changed" for name, _, _ in differences(old["library"], new["library"])]
@@ -130,7 +134,9 @@ def output_path(name: str, folder: Path, reports: Path) -> Path:
 
 def matching(outputs: Mapping[str, str], patterns: Iterable[str]) -> dict[str, str]:
     """The outputs whose names match one of the patterns."""
-    return {name: digest for name, digest in outputs.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+    return {
+        name: digest for name, digest in outputs.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    }
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -201,7 +207,8 @@ def _without_magic(source: str) -> str:
     if lines and lines[0].startswith("%%"):
         return ""
     return "\n".join(
-        line[: len(line) - len(line.lstrip())] + "pass" if line.lstrip().startswith(("%", "!")) else line for line in lines
+        line[: len(line) - len(line.lstrip())] + "pass" if line.lstrip().startswith(("%", "!")) else line
+        for line in lines
     )
 
 
@@ -213,7 +220,9 @@ def declared_parameters(path: Path) -> list[str]:
     """
     tagged = [cell for cell in read_notebook(path) if cell["cell_type"] == "code" and "parameters" in cell["tags"]]
     if len(tagged) != 1:
-        raise ValueError(f"{path.parent.name}/{path.name} has {len(tagged)} cells tagged 'parameters'; it should have one")
+        raise ValueError(
+            f"{path.parent.name}/{path.name} has {len(tagged)} cells tagged 'parameters'; it should have one"
+        )
     names = []
     for statement in _parsed(tagged[0]["source"], path).body:
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
@@ -222,7 +231,7 @@ def declared_parameters(path: Path) -> list[str]:
 
 
 def library_files(notebook: Path, library: Path) -> dict[str, Path]:
-    """Files of the package in the folder `library` that a notebook imports, directly or through others, by relative path.
+    """Files of the package in the folder `library` that a notebook imports, also through others, by relative path.
 
     A file that belongs to a module by its name (``report.html.j2`` to ``report.py``) goes with it.
     """
@@ -234,7 +243,11 @@ def library_files(notebook: Path, library: Path) -> dict[str, Path]:
             name = path.relative_to(library).as_posix()
             if name not in found:
                 found[name] = path
-                found |= {own.relative_to(library).as_posix(): own for own in path.parent.glob(f"{path.stem}.*") if own.suffix != ".pyc"}
+                found |= {
+                    own.relative_to(library).as_posix(): own
+                    for own in path.parent.glob(f"{path.stem}.*")
+                    if own.suffix != ".pyc"
+                }
                 package = ".".join([library.name, *path.relative_to(library).parent.parts])
                 waiting += _imports(_parsed_file(path, path.stat().st_mtime_ns), package)
     return found
@@ -249,7 +262,9 @@ def _parsed(code: str, path: Path) -> ast.Module:
     try:
         return ast.parse(code)
     except SyntaxError as error:
-        raise ValueError(f"{path.parent.name}/{path.name} is not valid Python: {error.msg}: {(error.text or '').strip()!r}") from None
+        raise ValueError(
+            f"{path.parent.name}/{path.name} is not valid Python: {error.msg}: {(error.text or '').strip()!r}"
+        ) from None
 
 
 def _imports(tree: ast.Module, package: str) -> list[str]:
@@ -262,12 +277,15 @@ def _imports(tree: ast.Module, package: str) -> list[str]:
             parts = package.split(".")
             start = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             base = ".".join(part for part in (start, node.module) if part)
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]  # a name may be a module or a thing inside one
+            names += [
+                base,
+                *(f"{base}.{alias.name}" for alias in node.names),
+            ]  # a name may be a module or a thing inside one
     return names
 
 
 def _module_files(module: str, library: Path) -> list[Path]:
-    """The files that importing `module` runs: the packages on the way and the module itself; none when it is another package's."""
+    """The files that importing `module` runs: packages on the way and the module; none of other packages."""
     parts = module.split(".")
     if parts[0] != library.name:
         return []

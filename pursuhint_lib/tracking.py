@@ -1,19 +1,19 @@
 """Runs in MLflow, and only here.
 
-One experiment per study (``pursuhint-<study>``), one run per notebook, one child run per trained model; one level only,
-because MLflow's page draws no more. The store is a SQLite file in the repository (or `PURSUHINT_HOME`) with an explicit
-artifact folder beside it; ``MLFLOW_TRACKING_URI`` overrides. Nothing is sent anywhere: telemetry is off before mlflow is
-imported. MLflow is the lab book; the numbers of record are the tables in ``reports/``.
+One experiment per study (``pursuhint-<study>``), one run per notebook, one child run per trained model; one level
+only, because MLflow's page draws no more. The store is a SQLite file in the repository (or `PURSUHINT_HOME`) with an
+explicit artifact folder beside it; ``MLFLOW_TRACKING_URI`` overrides. Nothing is sent anywhere: telemetry is off
+before mlflow is imported. MLflow is the lab book; the numbers of record are the tables in ``reports/``.
 
-Who owns a run. A notebook that logs into its own run leaves it FINISHED after an error and RUNNING for ever after a kill,
-so `pipeline` creates the run of a notebook, hands it down (``MLFLOW_RUN_ID``) and closes it. In JupyterLab there is no
-driver: then `stage_run` creates the run and closes it. Runs carry host, process and its start; `sweep_dead_runs` closes
-those whose process is gone.
+Who owns a run. A notebook that logs into its own run leaves it FINISHED after an error and RUNNING for ever after a
+kill, so `pipeline` creates the run of a notebook, hands it down (``MLFLOW_RUN_ID``) and closes it. In JupyterLab
+there is no driver: then `stage_run` creates the run and closes it. Runs carry host, process and its start;
+`sweep_dead_runs` closes those whose process is gone.
 
-When metrics are written. A trained model's curve is logged in one go when its arm ends, with the real time of each epoch:
-one transaction instead of hundreds of slow calls, and an interrupted training that goes on from its checkpoint cannot
-leave doubled points (MLflow keeps both points of a step that is logged twice). `StageRun.log_trained_model` may be called
-again with the same model: it finds the run by its key and attaches it to the present notebook run.
+When metrics are written. A trained model's curve is logged in one go when its arm ends, with the real time of each
+epoch: one transaction instead of hundreds of slow calls, and an interrupted training that goes on from its checkpoint
+cannot leave doubled points (MLflow keeps both points of a step that is logged twice). `StageRun.log_trained_model`
+may be called again with the same model: it finds the run by its key and attaches it to the present notebook run.
 
 A tracker that fails must not cost a training: what notebooks call warns in one line and goes on.
 """
@@ -88,7 +88,11 @@ def _artifacts() -> str:
 
 def environment(experiment_id: str, run_id: str) -> dict[str, str]:
     """Environment variables by which a notebook finds the store and joins the run `run_id`."""
-    return QUIET | {"MLFLOW_TRACKING_URI": tracking_uri(), "MLFLOW_EXPERIMENT_ID": experiment_id, "MLFLOW_RUN_ID": run_id}
+    return QUIET | {
+        "MLFLOW_TRACKING_URI": tracking_uri(),
+        "MLFLOW_EXPERIMENT_ID": experiment_id,
+        "MLFLOW_RUN_ID": run_id,
+    }
 
 
 def _client() -> Any:
@@ -115,7 +119,7 @@ def _opened(uri: str) -> Any:
 
 
 def _create_store(uri: str) -> None:
-    """Create the schema once, one process at a time: two at once break each other. WAL lets a reader and writers meet."""
+    """Create the schema, one process at a time: two at once break each other. WAL lets readers and writers meet."""
     path = _database()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name("mlflow.db.lock"), "w") as lock:
@@ -137,7 +141,7 @@ def _has_schema(path: Path) -> bool:
 
 
 def relocate() -> str | None:
-    """Point a store that was moved with its folder at its artifacts again. Returns the old root when something was changed.
+    """Point a store that was moved with its folder at its artifacts again. Returns the old root when it changed one.
 
     MLflow keeps absolute addresses and shows an empty artifact list, without an error, when the folder has moved.
     """
@@ -147,7 +151,9 @@ def relocate() -> str | None:
     new = _artifacts()
     with contextlib.closing(sqlite3.connect(path, timeout=20)) as database, database:
         row = database.execute(
-            "SELECT artifact_location FROM experiments WHERE name LIKE 'pursuhint-%' AND artifact_location NOT LIKE ? || '/%'", (new,)
+            "SELECT artifact_location FROM experiments "
+            "WHERE name LIKE 'pursuhint-%' AND artifact_location NOT LIKE ? || '/%'",
+            (new,),
         ).fetchone()
         if row is None or "/mlartifacts/" not in row[0]:
             return None
@@ -219,9 +225,13 @@ def _note(experiment_id: str) -> str:
 
 
 def create_run(
-    study: str, stage: str, name: str = "", tags: Mapping[str, Any] | None = None, params: Mapping[str, Any] | None = None
+    study: str,
+    stage: str,
+    name: str = "",
+    tags: Mapping[str, Any] | None = None,
+    params: Mapping[str, Any] | None = None,
 ) -> str:
-    """Create the run of a notebook, RUNNING, with source, versions, host and process. Returns its id. Raises TrackingError."""
+    """Create the run of a notebook, with source, versions, host and process. Returns its id. Raises TrackingError."""
     experiment_id = open_experiment(study)
     with _one_line_errors(f"the run of {stage} cannot be created"):
         run = _client().create_run(
@@ -240,7 +250,7 @@ def finish_run(run_id: str, status: str) -> None:
 
 
 def sweep_dead_runs(study: str) -> list[str]:
-    """Close, as KILLED, the RUNNING runs of this host whose process is gone. Returns their ids. Raises TrackingError."""
+    """Close, as KILLED, the RUNNING runs here whose process is gone. Returns their ids, raises TrackingError."""
     client, experiment_id = _client(), open_experiment(study)
     with _one_line_errors(f"the runs of {study} cannot be read"):
         dead = [
@@ -254,7 +264,7 @@ def sweep_dead_runs(study: str) -> list[str]:
 
 
 def run_table(study: str, stage: str) -> pd.DataFrame:
-    """The trained models of a stage, as its last run left them: columns arm, seed, run_id, status; sorted. Raises TrackingError."""
+    """The trained models of a stage's last run, sorted: arm, seed, run_id, status. Raises TrackingError."""
     with _one_line_errors(f"the runs of {stage} cannot be read"):
         runs = _search(_client(), open_experiment(study), f"tags.stage = '{stage}' and tags.current = 'yes'")
         rows = [(run.data.tags["arm"], int(run.data.tags["seed"]), run.info.run_id, run.info.status) for run in runs]
@@ -288,7 +298,9 @@ def log_files(run_id: str, paths: Iterable[Path], under: str = "") -> None:
             _client().log_artifact(run_id, str(path), under or None)
 
 
-def compare_link(study: str, metric: str = HEADLINE, *, stage: str = DISTILLED, base: str = "http://127.0.0.1:5000") -> str:
+def compare_link(
+    study: str, metric: str = HEADLINE, *, stage: str = DISTILLED, base: str = "http://127.0.0.1:5000"
+) -> str:
     """Address that opens MLflow's compare chart: the present runs of a stage, flat, best first by `metric`.
 
     Sorting by a metric is what makes the page show child runs at all; workflowType hides its GenAI side.
@@ -332,11 +344,12 @@ class StageRun:
     ) -> str | None:
         """Log one trained model as a finished child run, whole. Returns its run id, None when the tracker failed.
 
-        history: one row per epoch, at least the column epoch; learning_rate, val_accuracy, val_loss and the loss terms
-        become metrics, `finished` (UNIX time of an epoch's end) and `seconds` become their times. Rows of other arms and
-        seeds, where it has such columns, are left out. key: what the model was trained from (hash). The same key with
-        the same history is not logged twice; a different one replaces it, and the older run stays, marked as not current.
-        Call it for models kept from an earlier run too: they move below the present run, others are retired at its end.
+        history: one row per epoch, at least the column epoch; learning_rate, val_accuracy, val_loss and the loss
+        terms become metrics, `finished` (UNIX time of an epoch's end) and `seconds` become their times. Rows of other
+        arms and seeds, where it has such columns, are left out. key: what the model was trained from (hash). The same
+        key with the same history is not logged twice; a different one replaces it, and the older run stays, marked as
+        not current. Call it for models kept from an earlier run too: they move below the present run, others are
+        retired at its end.
         """
         with _goes_on(f"{arm} seed {seed}"):
             return self._log_trained_model(arm, int(seed), _rows_of(history, arm, seed), params, key, tags or {})
@@ -348,7 +361,9 @@ class StageRun:
         client, experiment_id = _client(), open_experiment(self.study)
         metrics = _curve(history)
         identity = _identity(self.study, self.stage, arm, seed, key, metrics)
-        filter_string = f"tags.stage = '{self.stage}' and tags.arm = '{arm}' and tags.seed = '{seed}' and tags.current = 'yes'"
+        filter_string = (
+            f"tags.stage = '{self.stage}' and tags.arm = '{arm}' and tags.seed = '{seed}' and tags.current = 'yes'"
+        )
         existing = None
         for run in _search(client, experiment_id, filter_string):
             if run.data.tags.get("key") == identity and run.info.status == "FINISHED":
@@ -379,7 +394,7 @@ class StageRun:
             _log_metrics(self.run_id, [(name, float(value), now, step) for name, value in metrics.items()])
 
     def log_dataset(self, name: str, digest: str, context: str) -> None:
-        """Say which images were used: a name, their digest (cut to MLflow's 36 characters), and as what (training, test)."""
+        """Say which images were used, and as what (training, test). The digest is cut: MLflow allows 36 characters."""
         with _goes_on(f"data set {name}"):
             client = _client()
             from mlflow.data.code_dataset_source import CodeDatasetSource
@@ -398,8 +413,9 @@ _LAB_RUNS: dict[tuple[str, str], tuple[str, dict]] = {}  # of this process: cell
 def stage_run(study: str, stage: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
     """The run of this notebook, for a ``with`` block in one or several of its cells.
 
-    Under `pipeline` it is the driver's run, which the driver closes. In JupyterLab it is created at the first block and is
-    FINISHED after each block that ends well, FAILED after one that raises; the stage's files become its artifacts.
+    Under `pipeline` it is the driver's run, which the driver closes. In JupyterLab it is created at the first block
+    and is FINISHED after each block that ends well, FAILED after one that raises; the stage's files become its
+    artifacts.
     """
     joined = os.environ.get("MLFLOW_RUN_ID")
     if joined:
@@ -447,7 +463,7 @@ def _search(client: Any, experiment_id: str, filter_string: str) -> Iterable[Any
 
 
 def _stage_tags(study: str, stage: str) -> dict[str, str]:
-    # MlflowClient.create_run fills in no source, user or commit by itself, and a kernel's would be ipykernel_launcher.py.
+    # MlflowClient.create_run fills in no source, user or commit; a kernel's would be ipykernel_launcher.py.
     source, machine, package = _source(), hardware(), versions()
     return {
         "study": study,
@@ -514,11 +530,17 @@ def _curve(history: pd.DataFrame) -> list[tuple[str, float, float, int]]:
             if not math.isnan(row[column]):  # a term that this arm does not have
                 points.append((_METRICS.get(column, f"train/{column}"), float(row[column]), when, int(row["epoch"])))
     last = int(history["epoch"].iloc[-1])
-    finals = [(f"final/val_{name[4:]}", value, when, 0) for name, value, when, epoch in points if epoch == last and name.startswith("val/")]
+    finals = [
+        (f"final/val_{name[4:]}", value, when, 0)
+        for name, value, when, epoch in points
+        if epoch == last and name.startswith("val/")
+    ]
     return points + finals
 
 
-def _identity(study: str, stage: str, arm: str, seed: int, key: str, metrics: list[tuple[str, float, float, int]]) -> str:
+def _identity(
+    study: str, stage: str, arm: str, seed: int, key: str, metrics: list[tuple[str, float, float, int]]
+) -> str:
     content = [study, stage, arm, seed, key, [(name, value, step) for name, value, _, step in metrics]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -561,9 +583,13 @@ def _flat(params: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, st
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """``python -m pursuhint_lib.tracking ui [--port 5000]``: MLflow's page on this machine, lean and with nothing to call home."""
-    parser = argparse.ArgumentParser(prog="python -m pursuhint_lib.tracking", description="The studies' runs in MLflow.")
-    page = parser.add_subparsers(required=True, metavar="ui").add_parser("ui", help="serve MLflow's page on this machine")
+    """``python -m pursuhint_lib.tracking ui [--port 5000]``: MLflow's page on this machine, lean."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pursuhint_lib.tracking", description="The studies' runs in MLflow."
+    )
+    page = parser.add_subparsers(required=True, metavar="ui").add_parser(
+        "ui", help="serve MLflow's page on this machine"
+    )
     page.add_argument("--port", type=int, default=5000)
     port = parser.parse_args(arguments).port
     try:
@@ -576,7 +602,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.update(QUIET | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
     print(f"MLflow: http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning (Ctrl-C ends it)", flush=True)
     server = ["server", "--backend-store-uri", tracking_uri(), "--default-artifact-root", _artifacts()]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *server, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"])
+    os.execv(
+        sys.executable,
+        [sys.executable, "-m", "mlflow", *server, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+    )
 
 
 if __name__ == "__main__":

@@ -26,24 +26,30 @@ class Verdict:
 def compare_results(old: pd.DataFrame, new: pd.DataFrame, *, confidence: float = 0.95) -> Verdict:
     """Compare the results tables of two runs of one study, arm by arm.
 
-    old, new: one row per arm and seed with the columns arm, seed, test_accuracy (fractions). The mean of an arm may move
-    by its seed noise: the half-width of the t-interval of the difference of two means (Welch 1947), with the confidence
-    shared out over the arms (Bonferroni), so that a true repetition is called different in at most 5 % of studies, not of
-    arms. An arm with fewer than two seeds takes the standard deviation pooled over the others; when no arm has two
-    seeds there is no noise to measure and only equal numbers pass.
+    old, new: one row per arm and seed with the columns arm, seed, test_accuracy (fractions). The mean of an arm may
+    move by its seed noise: the half-width of the t-interval of the difference of two means (Welch 1947), with the
+    confidence shared out over the arms (Bonferroni), so that a true repetition is called different in at most 5 % of
+    studies, not of arms. An arm with fewer than two seeds takes the standard deviation pooled over the others; when
+    no arm has two seeds there is no noise to measure and only equal numbers pass.
 
     Returns a Verdict; its arms have the columns arm, old, new, difference, allowed, inside.
     """
     for name, table in (("old", old), ("new", new)):
         missing = [column for column in _NEEDED if column not in table]
         if missing:
-            return Verdict(DIFFERS, f"{DIFFERS}: the {name} results table has no column {', '.join(missing)}", pd.DataFrame())
+            return Verdict(
+                DIFFERS, f"{DIFFERS}: the {name} results table has no column {', '.join(missing)}", pd.DataFrame()
+            )
     names = list(dict.fromkeys([*old["arm"], *new["arm"]]))
     groups = {name: (_values(old, name), _values(new, name)) for name in names}
     for name, (before, now) in groups.items():
         if before.empty or now.empty:
             where = "new" if before.empty else "gone"
-            return Verdict(DIFFERS, f"{DIFFERS}: arm {name} is {where} (the arms compared before: {', '.join(dict.fromkeys(old['arm']))})", pd.DataFrame())
+            return Verdict(
+                DIFFERS,
+                f"{DIFFERS}: arm {name} is {where} (the arms compared before: {', '.join(dict.fromkeys(old['arm']))})",
+                pd.DataFrame(),
+            )
     level = 1 - (1 - confidence) / len(names)
     pooled = _pooled([values for pair in groups.values() for values in pair])
     rows = []
@@ -90,7 +96,9 @@ def judge(
     changed = [name for name in both if old_digests[name] != new_digests[name]]
     if changed_parameters:
         result = compare_results(old_results, new_results)
-        return Verdict(DIFFERS, f"{DIFFERS}, as it was asked something else ({changed_parameters}); {result.text}", result.arms)
+        return Verdict(
+            DIFFERS, f"{DIFFERS}, as it was asked something else ({changed_parameters}); {result.text}", result.arms
+        )
     if both and not changed:
         return Verdict(EXACT, f"{EXACT}: {len(both)} tables with the same bytes", pd.DataFrame())
     result = compare_results(old_results, new_results)

@@ -41,9 +41,15 @@ class Judge(BaseModel):
 
 
 STAGES = (
-    Stage("01_make", writes=("numbers.csv", "parts/*.txt"), compared=("numbers.csv",), resumes=True, pieces="parts/*.txt"),
     Stage(
-        "02_judge", reads=("01_make",), writes=("results.csv",), shows=("report.html", "tables/results.csv"), compared=("results.csv",)
+        "01_make", writes=("numbers.csv", "parts/*.txt"), compared=("numbers.csv",), resumes=True, pieces="parts/*.txt"
+    ),
+    Stage(
+        "02_judge",
+        reads=("01_make",),
+        writes=("results.csv",),
+        shows=("report.html", "tables/results.csv"),
+        compared=("results.csv",),
     ),
 )
 MAKE = [
@@ -99,7 +105,10 @@ def write_notebook(path, cells):
 
 def load_toy(path):
     values = yaml.safe_load(Path(path).read_text())
-    return {stage: model(study=path.stem, **values.get(stage, {})) for stage, model in (("01_make", Make), ("02_judge", Judge))}
+    return {
+        stage: model(study=path.stem, **values.get(stage, {}))
+        for stage, model in (("01_make", Make), ("02_judge", Judge))
+    }
 
 
 def find_toy(study, folder):
@@ -154,14 +163,18 @@ class Toy:
 
     def mlflow(self, stage="01_make"):
         """Statuses of a stage's runs, oldest first."""
-        found = tracking._client().search_runs([tracking.open_experiment("toy")], f"tags.stage = '{stage}'", order_by=["start_time ASC"])
+        found = tracking._client().search_runs(
+            [tracking.open_experiment("toy")], f"tags.stage = '{stage}'", order_by=["start_time ASC"]
+        )
         return [run.info.status for run in found]
 
     def start(self, *arguments, stdout=subprocess.PIPE):
         """The driver as a process of its own."""
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_pipeline as t; "
         code += f"sys.exit(t.main({['reproduce', 'toy', *arguments]!r}, t.toy_sources({str(self.root)!r})))"
-        return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=stdout, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", code], cwd=REPOSITORY, stdout=stdout, stderr=subprocess.PIPE, text=True
+        )
 
     def wait_for(self, name):
         end = time.monotonic() + 60
@@ -179,7 +192,9 @@ def toy(home, empty_database, monkeypatch):
     monkeypatch.delenv("PURSUHINT_DEBUG", raising=False)
     foreign = home / "jupyter/kernels/python3"  # a kernel of the same name that must not be used
     foreign.mkdir(parents=True)
-    (foreign / "kernel.json").write_text('{"argv": ["false", "{connection_file}"], "display_name": "x", "language": "python"}')
+    (foreign / "kernel.json").write_text(
+        '{"argv": ["false", "{connection_file}"], "display_name": "x", "language": "python"}'
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(home / "jupyter"))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
     shutil.copyfile(empty_database, root / "mlflow.db")
@@ -206,13 +221,27 @@ def test_a_study_runs_is_skipped_mended_changed_and_forced(toy, capsys):
     assert out[-1].startswith("report: ") and out[-1].endswith("reports/toy/report.html")
     assert any("/runs?workflowType=machine_learning" in line for line in out)
     record = records.read_record(toy.make)
-    assert set(record["outputs"]) == {"numbers.csv", "parts/p0.txt", "parts/p1.txt", "parts/p2.txt", "parts/p3.txt", "executed.ipynb"}
-    assert set(records.read_record(toy.judge)["outputs"]) == {"results.csv", "executed.ipynb", "reports/report.html", "reports/tables/results.csv"}
+    assert set(record["outputs"]) == {
+        "numbers.csv",
+        "parts/p0.txt",
+        "parts/p1.txt",
+        "parts/p2.txt",
+        "parts/p3.txt",
+        "executed.ipynb",
+    }
+    assert set(records.read_record(toy.judge)["outputs"]) == {
+        "results.csv",
+        "executed.ipynb",
+        "reports/report.html",
+        "reports/tables/results.csv",
+    }
     assert set(record["inputs"]["library"]) == {"__init__.py", "arms.py", "names.py"}
     for text in (json.dumps(record), (toy.root / "reports/toy/notebooks/01_make.ipynb").read_text()):
         assert str(toy.root) not in text and sys.prefix not in text  # published files name no folder of this machine
     notebook = nbformat.read(toy.root / "reports/toy/notebooks/01_make.ipynb", 4)
-    assert any("part 4/4 · part 3 · done" in output.text for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert any(
+        "part 4/4 · part 3 · done" in output.text for cell in notebook.cells for output in cell.get("outputs", ())
+    )
     assert toy.mlflow() == toy.mlflow("02_judge") == ["FINISHED"]
     assert toy.status()["state"] == "finished"
 
@@ -314,7 +343,10 @@ def test_the_study_file_is_checked_without_running(toy, capsys):
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ("raise", "01_make stopped in cell [4]: ValueError: damaged checkpoint toy: delete it; notebook as it stopped: "),
+        (
+            "raise",
+            "01_make stopped in cell [4]: ValueError: damaged checkpoint toy: delete it; notebook as it stopped: ",
+        ),
         ("exit", "01_make ended early in cell [4]: SystemExit: 0; notebook as it stopped: "),
         ("die", "01_make: the kernel died in cell [4] (peak memory "),
         ("full", "the disk is full ("),
@@ -364,7 +396,10 @@ def test_after_a_kill_the_next_run_tells_the_truth_and_keeps_what_was_finished(t
     kept = len(list((toy.make / "parts").glob("p*.txt")))
     assert toy.run() == 0
     out = capsys.readouterr().out
-    assert out.startswith("the last run was killed during 01_make (") and f"kept: {kept} finished networks; going on" in out
+    assert (
+        out.startswith("the last run was killed during 01_make (")
+        and f"kept: {kept} finished networks; going on" in out
+    )
     assert toy.trained() == ["0", "1", "2", "3"]
     assert toy.mlflow() == ["KILLED", "FINISHED"]
     assert "first run: nothing to compare with" in out
@@ -389,7 +424,8 @@ def test_an_interrupted_study_says_what_is_kept_and_leaves_no_kernel(toy, signum
     _, error = driver.communicate(timeout=20)
     assert driver.returncode == code
     assert error == (
-        f"stopped by {name} during 01_make (1/4, part 0); kept: 1 finished networks; 'make reproduce STUDY=toy' goes on from there\n"
+        f"stopped by {name} during 01_make (1/4, part 0); kept: 1 finished networks; "
+        "'make reproduce STUDY=toy' goes on from there\n"
     )
     assert toy.status()["state"] == "interrupted" and toy.mlflow() == ["KILLED"]
     with pytest.raises(ProcessLookupError):
@@ -436,7 +472,14 @@ def test_a_lock_file_of_a_dead_driver_does_not_stop_anyone(toy):
 
 
 def inputs(toy):
-    return records.inputs_of(STAGES[0], {"base": 1}, toy.root / "notebooks/01_make.ipynb", toy.root / "toylib", toy.root / "requirements.lock", {})
+    return records.inputs_of(
+        STAGES[0],
+        {"base": 1},
+        toy.root / "notebooks/01_make.ipynb",
+        toy.root / "toylib",
+        toy.root / "requirements.lock",
+        {},
+    )
 
 
 @pytest.mark.parametrize(
@@ -489,7 +532,11 @@ def test_equal_bytes_are_reproduced_exactly():
 
 def test_a_change_smaller_than_the_noise_of_the_seeds_is_noise():
     verdict = judge(results(kd=[0.60, 0.62, 0.64]), results(kd=[0.61, 0.63, 0.62]), {"r": "1"}, {"r": "2"})
-    assert verdict.kind == "reproduced within seed noise" and "kd by +0.00 points" in verdict.text and "bytes differ in r" in verdict.text
+    assert (
+        verdict.kind == "reproduced within seed noise"
+        and "kd by +0.00 points" in verdict.text
+        and "bytes differ in r" in verdict.text
+    )
 
 
 def test_the_allowed_change_is_welchs_interval_shared_out_over_the_arms():
@@ -502,7 +549,9 @@ def test_the_allowed_change_is_welchs_interval_shared_out_over_the_arms():
 
 
 def test_a_larger_change_differs_and_is_named():
-    verdict = compare_results(results(kd=[0.60, 0.61, 0.62], at=[0.5, 0.51, 0.52]), results(kd=[0.60, 0.61, 0.62], at=[0.7, 0.71, 0.72]))
+    verdict = compare_results(
+        results(kd=[0.60, 0.61, 0.62], at=[0.5, 0.51, 0.52]), results(kd=[0.60, 0.61, 0.62], at=[0.7, 0.71, 0.72])
+    )
     assert verdict.kind == "differs"
     assert "at test accuracy 51.00 % -> 71.00 % (+20.00 points" in verdict.text and "1 of 2 arms" in verdict.text
 
@@ -511,7 +560,10 @@ def test_an_arm_with_one_seed_is_judged_by_the_noise_of_the_others():
     old, new = results(kd=[0.60, 0.62, 0.64], teacher=[0.70]), results(kd=[0.60, 0.62, 0.64], teacher=[0.71])
     assert compare_results(old, new).kind == "reproduced within seed noise"
     alone = compare_results(results(teacher=[0.70]), results(teacher=[0.71]))
-    assert alone.kind == "differs" and compare_results(results(teacher=[0.7]), results(teacher=[0.7])).kind == "reproduced within seed noise"
+    assert (
+        alone.kind == "differs"
+        and compare_results(results(teacher=[0.7]), results(teacher=[0.7])).kind == "reproduced within seed noise"
+    )
 
 
 def test_a_missing_arm_and_a_missing_column_differ():

@@ -62,14 +62,20 @@ def client():
 
 def log(run_id, table=None, arm="at_uniform", seed=0, key="k"):
     run = tracking.StageRun("toy", "04_distill_students", run_id)
-    return run.log_trained_model(arm=arm, seed=seed, history=history() if table is None else table, params={"method": "at"}, key=key)
+    return run.log_trained_model(
+        arm=arm, seed=seed, history=history() if table is None else table, params={"method": "at"}, key=key
+    )
 
 
 def new_run():
-    return tracking.create_run("toy", "04_distill_students", params={"epochs": 3, "optimizer": {"lr": 0.1}, "seeds": [0, 1]})
+    return tracking.create_run(
+        "toy", "04_distill_students", params={"epochs": 3, "optimizer": {"lr": 0.1}, "seeds": [0, 1]}
+    )
 
 
-def test_the_embedded_store_lies_in_the_home_in_wal_mode_with_its_artifacts_beside_it(store, monkeypatch, tmp_path_factory):
+def test_the_embedded_store_lies_in_the_home_in_wal_mode_with_its_artifacts_beside_it(
+    store, monkeypatch, tmp_path_factory
+):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.chdir(elsewhere)
     experiment = client().get_experiment(tracking.open_experiment("toy"))
@@ -146,7 +152,10 @@ def test_a_model_trained_anew_replaces_the_old_one_in_the_table(store):
     other = log(parent, key="after", arm="at_uniform", seed=1, table=history(seeds=(1,)))
     assert old != new
     table = tracking.run_table("toy", "04_distill_students")
-    assert list(table.itertuples(index=False, name=None)) == [("at_uniform", 0, new, "FINISHED"), ("at_uniform", 1, other, "FINISHED")]
+    assert list(table.itertuples(index=False, name=None)) == [
+        ("at_uniform", 0, new, "FINISHED"),
+        ("at_uniform", 1, other, "FINISHED"),
+    ]
     assert client().get_run(old).data.tags["current"] == "no"
 
 
@@ -168,7 +177,9 @@ def test_a_model_with_the_same_key_but_other_numbers_is_logged_anew(store):
 
 def test_runs_of_dead_processes_are_closed_as_killed_and_living_ones_are_left(store):
     alive, dead, elsewhere = new_run(), new_run(), new_run()
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
     client().set_tag(dead, "pid", gone.stdout.strip())
     client().set_tag(elsewhere, "host", "another-host")
     client().set_tag(elsewhere, "pid", gone.stdout.strip())
@@ -206,7 +217,9 @@ def test_under_the_driver_a_block_joins_its_run_and_leaves_it_open(store, monkey
     found = client().get_run(run_id)
     assert run.run_id == run_id and found.info.status == "RUNNING"
     assert found.data.metrics == {"teacher/val_acc1": 0.7}
-    assert [(entry.dataset.name, entry.dataset.digest) for entry in found.inputs.dataset_inputs] == [("digits", "a" * 32)]
+    assert [(entry.dataset.name, entry.dataset.digest) for entry in found.inputs.dataset_inputs] == [
+        ("digits", "a" * 32)
+    ]
 
 
 def test_a_failing_tracker_warns_in_one_line_and_does_not_stop_the_training(store):
