@@ -48,7 +48,10 @@ class Arm:
 
 
 def study_arms(
-    hint_points: Mapping[str, HintPoints], methods: Sequence[str], teacher_table: pd.DataFrame, student_table: pd.DataFrame
+    hint_points: Mapping[str, HintPoints],
+    methods: Sequence[str],
+    teacher_table: pd.DataFrame,
+    student_table: pd.DataFrame,
 ) -> list[Arm]:
     """`kd` (no hints), then every method with every strategy, in the order given."""
     arms = [Arm("kd", "kd", "none")]
@@ -61,7 +64,9 @@ def study_arms(
 
 
 def pair_table(arms: Sequence[Arm], teacher_table: pd.DataFrame, student_table: pd.DataFrame) -> pd.DataFrame:
-    """One row per arm and hint: arm, hint (from 1), teacher_layer, student_layer, teacher_shape, student_shape (CxHxW)."""
+    """One row per arm and hint: arm, hint (from 1), teacher_layer, student_layer, teacher_shape, student_shape
+    (CxHxW).
+    """
     shapes = {
         role: {row.layer: f"{row.channels}x{row.height}x{row.width}" for row in table.itertuples()}
         for role, table in (("teacher", teacher_table), ("student", student_table))
@@ -78,7 +83,9 @@ def pair_table(arms: Sequence[Arm], teacher_table: pd.DataFrame, student_table: 
         for arm in arms
         for number, pair in enumerate(arm.pairs, start=1)
     ]
-    return pd.DataFrame(rows, columns=["arm", "hint", "teacher_layer", "student_layer", "teacher_shape", "student_shape"])
+    return pd.DataFrame(
+        rows, columns=["arm", "hint", "teacher_layer", "student_layer", "teacher_shape", "student_shape"]
+    )
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,9 @@ class Distillation:
 
 
 def training_key(**facts: Any) -> str:
-    """Hash of everything that decides a trained network: the given facts (JSON-able), the training code, torch's version."""
+    """Hash of everything that decides a trained network: the given facts (JSON-able), the training code, torch's
+    version.
+    """
     content = json.dumps(facts | {"code": _code_hash(), "torch": torch.__version__}, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -192,7 +201,9 @@ def load_teacher(study: str) -> nn.Module:
 
 
 def load_student(study: str, arm: str, seed: int) -> nn.Module:
-    """A student of a study: "unaided" from notebook 01, any other arm from notebook 04. Raises what `models.load_model` raises."""
+    """A student of a study: "unaided" from notebook 01, any other arm from notebook 04. Raises what
+    `models.load_model` raises.
+    """
     stage = "01_train_teacher" if arm == "unaided" else "04_distill_students"
     return load_model(kept_file(run_folder(study, stage), arm, seed))[0]
 
@@ -209,12 +220,13 @@ def train_and_keep(
     progress: Progress,
     dtype: torch.dtype = torch.float32,
 ) -> pd.DataFrame:
-    """Train the students of one seed in lockstep, those that are not already there; keep each. Returns all their histories.
+    """Train the students of one seed in lockstep, those that are not already there; keep each. Returns all their
+    histories.
 
     arms: name -> training key. A student whose file carries the same key is finished and is not trained again (`build`
     is not even called for it). The others go on from the checkpoint of an interrupted run, if there is one.
-    build(name) -> a learner with fresh weights. progress counts epochs of single students (arms x epochs). Returns one row
-    per arm and epoch, as `training.fit`, in the order of `arms`.
+    build(name) -> a learner with fresh weights. progress counts epochs of single students (arms x epochs). Returns
+    one row per arm and epoch, as `training.fit`, in the order of `arms`.
 
     Raises ValueError, one line, for a damaged student or checkpoint file; nothing is overwritten then.
     """
@@ -261,7 +273,9 @@ def _reporter(progress: Progress, epochs: int) -> Callable[[int, pd.DataFrame], 
             progress.skip(f"seed {seed}: {epoch - 1} epochs from the checkpoint", by=(epoch - 1) * len(rows))
         told = epoch
         which = f"{len(rows)} students, best {best['arm']}" if len(rows) > 1 else best["arm"]
-        progress.advance(f"seed {seed} epoch {epoch}/{epochs}: {which} {best['val_accuracy']:.1%} on validation", by=len(rows))
+        progress.advance(
+            f"seed {seed} epoch {epoch}/{epochs}: {which} {best['val_accuracy']:.1%} on validation", by=len(rows)
+        )
 
     return report
 
@@ -269,7 +283,13 @@ def _reporter(progress: Progress, epochs: int) -> Callable[[int, pd.DataFrame], 
 def _keep(folder: Path, name: str, seed: int, learner: Learner, history: pd.DataFrame, key: str) -> None:
     save_table(history.dropna(axis="columns", how="all"), _history_file(folder, name, seed))
     last = history.iloc[-1]
-    facts = {"arm": name, "seed": seed, "key": key, "status": last["status"], "val_accuracy": float(last["val_accuracy"])}
+    facts = {
+        "arm": name,
+        "seed": seed,
+        "key": key,
+        "status": last["status"],
+        "val_accuracy": float(last["val_accuracy"]),
+    }
     # Last of all: the student's file is what says that the arm is finished.
     save_model(learner.model, kept_file(folder, name, seed), **facts)
     if isinstance(learner, Distilled):
@@ -285,7 +305,9 @@ def _history_file(folder: Path, name: str, seed: int) -> Path:
 
 
 def split_timings(history: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A history without its timing columns (equal runs give equal bytes), and the timings (arm, seed, epoch, seconds, finished)."""
+    """A history without its timing columns (equal runs give equal bytes), and the timings (arm, seed, epoch, seconds,
+    finished).
+    """
     return history.drop(columns=TIMING_COLUMNS), history[["arm", "seed", "epoch", *TIMING_COLUMNS]]
 
 
@@ -318,7 +340,14 @@ def log_students(run: StageRun, arms: Sequence[Arm], histories: pd.DataFrame, di
     for arm in arms:
         if not arm.same_as:
             hint_points = ", ".join(pair.teacher_layer for pair in arm.pairs)
-            facts = {"network": params.student, "teacher": params.teacher, "method": arm.method, "strategy": arm.strategy}
+            facts = {
+                "network": params.student,
+                "teacher": params.teacher,
+                "method": arm.method,
+                "strategy": arm.strategy,
+            }
             facts |= {"hint_points": hint_points or "none", "epochs": params.epochs}
             for seed in params.seeds:
-                run.log_trained_model(arm=arm.name, seed=seed, history=histories, params=facts, key=distillation.key(arm))
+                run.log_trained_model(
+                    arm=arm.name, seed=seed, history=histories, params=facts, key=distillation.key(arm)
+                )

@@ -17,8 +17,8 @@ from pursuhint_lib.hints import LayerClustering
 def embed_layers(similarity: pd.DataFrame) -> pd.DataFrame:
     """Layers as points in the plane whose distances are as near as can be to 1 - similarity (classical scaling).
 
-    similarity: labelled (L, L) with L >= 2. Returns columns layer, x, y. The signs are fixed so that the first layer lies
-    left of and below the last, which makes pictures of equal tables equal.
+    similarity: labelled (L, L) with L >= 2. Returns columns layer, x, y. The signs are fixed so that the first layer
+    lies left of and below the last, which makes pictures of equal tables equal.
     """
     points = ClassicalMDS(n_components=2, metric="precomputed").fit_transform(1 - similarity.to_numpy())
     points = points * np.where(points[-1] < points[0], -1.0, 1.0)
@@ -28,8 +28,8 @@ def embed_layers(similarity: pd.DataFrame) -> pd.DataFrame:
 def score_cluster_numbers(similarity: pd.DataFrame, largest: int = 8) -> pd.DataFrame:
     """Quality of the published clustering for every number of clusters from 2 to `largest` (less, with few layers).
 
-    Columns: n_clusters, silhouette (mean, in [-1, 1]; Rousseeuw 1987), within_distance (mean distance 1 - similarity of a
-    layer to the center of its cluster). NaN silhouette where all layers fell into one cluster.
+    Columns: n_clusters, silhouette (mean, in [-1, 1]; Rousseeuw 1987), within_distance (mean distance 1 - similarity
+    of a layer to the center of its cluster). NaN silhouette where all layers fell into one cluster.
     """
     distance = (1 - similarity.to_numpy()).clip(min=0)
     np.fill_diagonal(distance, 0)
@@ -41,7 +41,9 @@ def score_cluster_numbers(similarity: pd.DataFrame, largest: int = 8) -> pd.Data
         rows.append(
             {
                 "n_clusters": n_clusters,
-                "silhouette": float(silhouette_score(distance, labels, metric="precomputed")) if several else float("nan"),
+                "silhouette": float(silhouette_score(distance, labels, metric="precomputed"))
+                if several
+                else float("nan"),
                 "within_distance": float(distance[np.arange(len(labels)), centers[labels]].mean()),
             }
         )

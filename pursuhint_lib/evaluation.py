@@ -62,7 +62,9 @@ def paired_interval(a: pd.Series, b: pd.Series, confidence: float = 0.95) -> tup
     return mean_interval((a - b.loc[a.index]).to_numpy(), confidence)
 
 
-def summarize(results: pd.DataFrame, teacher_accuracy: float, reference: str = "kd", confidence: float = 0.95) -> pd.DataFrame:
+def summarize(
+    results: pd.DataFrame, teacher_accuracy: float, reference: str = "kd", confidence: float = 0.95
+) -> pd.DataFrame:
     """One row per arm, best mean test accuracy first.
 
     results: one row per arm and seed with columns arm, method, strategy, same_as, seed, val_accuracy, test_accuracy.
@@ -82,12 +84,22 @@ def summarize(results: pd.DataFrame, teacher_accuracy: float, reference: str = "
         if arm != reference and reference in by_arm:
             both = rows.index.intersection(by_arm[reference].index)
             ours, theirs = rows.loc[both, "test_accuracy"], by_arm[reference].loc[both, "test_accuracy"]
-            row |= dict(zip(("difference", "difference_low", "difference_high"), paired_interval(ours, theirs, confidence), strict=True))
+            row |= dict(
+                zip(
+                    ("difference", "difference_low", "difference_high"),
+                    paired_interval(ours, theirs, confidence),
+                    strict=True,
+                )
+            )
         row["gap_closed"] = (mean - unaided) / gap if gap else float("nan")
         table.append(row)
     columns = ["arm", "method", "strategy", "same_as", "n", "val_mean", "test_mean", "test_low", "test_high"]
     columns += ["difference", "difference_low", "difference_high", "gap_closed"]
-    return pd.DataFrame(table).reindex(columns=columns).sort_values("test_mean", ascending=False, ignore_index=True, kind="stable")
+    return (
+        pd.DataFrame(table)
+        .reindex(columns=columns)
+        .sort_values("test_mean", ascending=False, ignore_index=True, kind="stable")
+    )
 
 
 def verdict(low: float, high: float) -> str:

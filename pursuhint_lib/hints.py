@@ -385,7 +385,9 @@ def select_all(
         else:
             variants = {strategy: (None, seed)}
         for name, (similarity, draw_seed) in variants.items():
-            chosen[name] = dataclasses.replace(select_hint_points(strategy, similarity, layers, n_hints, draw_seed), strategy=name)
+            chosen[name] = dataclasses.replace(
+                select_hint_points(strategy, similarity, layers, n_hints, draw_seed), strategy=name
+            )
     return chosen
 
 

@@ -23,7 +23,9 @@ from pursuhint_lib.methods import METHODS, Shape
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw random numbers (initial weights) from `seed` inside the block; the global generator is as before after it."""
+    """Draw random numbers (initial weights) from `seed` inside the block; the global generator is as before after
+    it.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -61,8 +63,8 @@ class Distilled(nn.Module):
     loss = ce_weight * cls + kd_weight * kd + sum over pairs of weight * hint.
 
     Adapters are built from the two layer tables (columns layer, channels, height, width), seeded by `seed`, live in
-    `self.adapters` and train with the student `self.model`, which alone is saved. `hint_weights` holds one weight per pair and
-    is part of the state, so that balanced weights (see `balance_hints`) survive an interruption.
+    `self.adapters` and train with the student `self.model`, which alone is saved. `hint_weights` holds one weight per
+    pair and is part of the state, so that balanced weights (see `balance_hints`) survive an interruption.
 
     Raises ValueError for an unknown method or for a pair whose layer is in neither table.
     """
@@ -89,7 +91,9 @@ class Distilled(nn.Module):
         self.teacher_layers = tuple(dict.fromkeys(pair.teacher_layer for pair in self.pairs))
         with seeded(seed):
             self.adapters = nn.ModuleList(
-                _method(hint.method)(_shape(student_table, pair.student_layer), _shape(teacher_table, pair.teacher_layer))
+                _method(hint.method)(
+                    _shape(student_table, pair.student_layer), _shape(teacher_table, pair.teacher_layer)
+                )
                 for hint in hints
                 for pair in hint.pairs
             )
@@ -99,7 +103,9 @@ class Distilled(nn.Module):
         self._extract = FeatureExtractor(model, student_layers).__enter__() if student_layers else None
 
     def losses(self, batch: Batch, observation: Observation) -> dict[str, Tensor]:
-        """The terms of one batch. `hint` is the mean of the unweighted terms of all pairs, `hint_part` the weighted sum."""
+        """The terms of one batch. `hint` is the mean of the unweighted terms of all pairs, `hint_part` the weighted
+        sum.
+        """
         logits, cls, kd, hints = self._terms(batch, observation)
         loss = self.ce_weight * cls + self.kd_weight * kd
         terms = {"logits": logits, "cls": cls, "kd": kd}
@@ -126,8 +132,11 @@ class Distilled(nn.Module):
             self._extract.close()
 
 
-def balance_hints(learner: Distilled, batches: Sequence[Batch], observations: Sequence[Observation], share: float) -> Tensor:
-    """Set `learner.hint_weights` so that every pair starts with the same share of the gradient. Returns the weights (pairs,).
+def balance_hints(
+    learner: Distilled, batches: Sequence[Batch], observations: Sequence[Observation], share: float
+) -> Tensor:
+    """Set `learner.hint_weights` so that every pair starts with the same share of the gradient. Returns the weights
+    (pairs,).
 
     The gradient of the weighted terms cls and kd, and that of each pair's hint, are taken with respect to the student's
     parameters on the given batches before any step; with root-mean-square norms g and h_j over the batches,

@@ -1,7 +1,7 @@
 """What a student is asked to match: pure functions, tensors in, one scalar out.
 
-The three terms of the method's objective are named here as everywhere in the project: `cls` (labels), `kd` (the teacher's
-logits) and `hint` (the teacher's inner layers); the authors' page writes them L_cls, L_logit and L_hint.
+The three terms of the method's objective are named here as everywhere in the project: `cls` (labels), `kd` (the
+teacher's logits) and `hint` (the teacher's inner layers); the authors' page writes them L_cls, L_logit and L_hint.
 Every loss is computed in float32 (float64 when it is given float64), also under autocast and for bfloat16 features.
 """
 
@@ -19,7 +19,12 @@ def _in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(loss)
     def raised(*inputs: Tensor | float) -> Tensor:
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return loss(*(x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x for x in inputs))
+            return loss(
+                *(
+                    x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
+                    for x in inputs
+                )
+            )
 
     return raised
 
@@ -76,7 +81,10 @@ def match_size(student_feature: Tensor, teacher_feature: Tensor) -> tuple[Tensor
 
     (B, Cs, Hs, Ws), (B, Ct, Ht, Wt) -> (B, Cs, H, W), (B, Ct, H, W) with H = min(Hs, Ht), W = min(Ws, Wt).
     """
-    size = (min(student_feature.shape[2], teacher_feature.shape[2]), min(student_feature.shape[3], teacher_feature.shape[3]))
+    size = (
+        min(student_feature.shape[2], teacher_feature.shape[2]),
+        min(student_feature.shape[3], teacher_feature.shape[3]),
+    )
     return _shrink(student_feature, size), _shrink(teacher_feature, size)
 
 

@@ -1,9 +1,9 @@
 """A study's parameter file, typed and checked.
 
-One YAML per study: a section `common` and one section per notebook, literals only. Each notebook has one flat model here;
-it lists its own keys and the common keys that it needs, and no others, so a changed key re-runs only the notebooks that use
-it. Two checks, both before anything is trained: `load_params` (types, limits, unknown keys; light, no torch) and
-`check_names` (networks, layers, metrics, strategies and methods exist, hints fit; needs torch).
+One YAML per study: a section `common` and one section per notebook, literals only. Each notebook has one flat model
+here; it lists its own keys and the common keys that it needs, and no others, so a changed key re-runs only the
+notebooks that use it. Two checks, both before anything is trained: `load_params` (types, limits, unknown keys; light,
+no torch) and `check_names` (networks, layers, metrics, strategies and methods exist, hints fit; needs torch).
 
 YAML traps handled here: PyYAML reads ``1e-3`` as a string (numbers are parsed from such strings) and ``yes`` as true
 (a boolean is refused where a number or a name is meant).
@@ -47,7 +47,9 @@ Seed = Annotated[int, _NUMBER, Field(ge=0, lt=2**31)]
 Positive = Annotated[float, _NUMBER, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, _NUMBER, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
-Names = Annotated[list[Name], Field(min_length=1), BeforeValidator(lambda v: _all_different(v) if isinstance(v, list) else v)]
+Names = Annotated[
+    list[Name], Field(min_length=1), BeforeValidator(lambda v: _all_different(v) if isinstance(v, list) else v)
+]
 
 
 class Study(BaseModel):
@@ -55,7 +57,9 @@ class Study(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = "smoke"  # also the folder below runs/ and reports/
+    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = (
+        "smoke"  # also the folder below runs/ and reports/
+    )
 
 
 class Images(Study):
@@ -78,7 +82,9 @@ class Hardware(Study):
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     threads: Count = 2  # CPU threads; results are bit-identical only for an equal number
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"  # of the networks' arithmetic; losses are float32 always
+    precision: Literal["auto", "float32", "bfloat16"] = (
+        "float32"  # of the networks' arithmetic; losses are float32 always
+    )
 
 
 class Networks(Study):
@@ -91,7 +97,9 @@ class Networks(Study):
 class StudentTraining(Study):
     """How every student is trained, aided or not."""
 
-    seeds: Annotated[list[Seed], Field(min_length=1), BeforeValidator(lambda v: _all_different(v) if isinstance(v, list) else v)] = [0, 1]
+    seeds: Annotated[
+        list[Seed], Field(min_length=1), BeforeValidator(lambda v: _all_different(v) if isinstance(v, list) else v)
+    ] = [0, 1]
     batch_size: Annotated[int, _NUMBER, Field(ge=2)] = 64
     schedule: Literal["fast", "paper"] = "fast"  # fast: one cycle; paper: x0.1 at 62.5, 75 and 87.5 % of the epochs
     epochs: Count = 2
@@ -136,8 +144,12 @@ class DistillStudents(StudentTraining, Networks, Hardware, Images):
     kd_weight: Weight = 1.0
     temperature: Positive = 4.0
     balance: Literal["gradient", "none"] = "gradient"
-    hint_share: Positive = 0.5  # balance "gradient": first gradient of all hints together, relative to that of the other terms
-    hint_weights: dict[str, Positive] = {}  # balance "none": weight per method; a method left out has its published weight
+    hint_share: Positive = (
+        0.5  # balance "gradient": first gradient of all hints together, relative to that of the other terms
+    )
+    hint_weights: dict[
+        str, Positive
+    ] = {}  # balance "none": weight per method; a method left out has its published weight
 
 
 class Evaluate(Networks, Hardware, Images):
@@ -161,7 +173,12 @@ def _own_keys(model: type[Study]) -> list[str]:
 
 
 def _common_keys() -> list[str]:
-    return [key for base in (Study, Images, Hardware, Networks, StudentTraining) for key in _own_keys(base) if key != "model_config"]
+    return [
+        key
+        for base in (Study, Images, Hardware, Networks, StudentTraining)
+        for key in _own_keys(base)
+        if key != "model_config"
+    ]
 
 
 COMMON = _common_keys()
@@ -174,7 +191,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def study_file(study: str) -> Path:
-    """The parameter file of a study, by its name in ``params/``. Raises ParameterError listing the studies there are."""
+    """The parameter file of a study, by its name in ``params/``. Raises ParameterError listing the studies there
+    are.
+    """
     path = PARAMS_FOLDER / f"{study}.yaml"
     if not path.exists():
         there = sorted(p.stem for p in PARAMS_FOLDER.glob("*.yaml"))
@@ -193,7 +212,9 @@ def load_params(path: Path) -> dict[str, Study]:
     common = sections.get("common", {})
     common.setdefault("study", path.stem)
     if common["study"] != path.stem:
-        raise ParameterError(f"{file}: common.study = {common['study']!r}: should be the file's own name, {path.stem!r}, or be left out")
+        raise ParameterError(
+            f"{file}: common.study = {common['study']!r}: should be the file's own name, {path.stem!r}, or be left out"
+        )
     result = {}
     for section, stage in SECTIONS.items():
         model = STAGES[stage]
@@ -213,18 +234,26 @@ def _read_sections(path: Path, file: str) -> dict[str, dict[str, Any]]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         place = getattr(error, "problem_mark", None)
         where = f" at line {place.line + 1}" if place else ""
-        raise ParameterError(f"{file}: is not valid YAML{where} ({getattr(error, 'problem', None) or 'cannot be read'})") from None
+        raise ParameterError(
+            f"{file}: is not valid YAML{where} ({getattr(error, 'problem', None) or 'cannot be read'})"
+        ) from None
     if not isinstance(content, dict):
-        raise ParameterError(f"{file}: should hold the sections common, {', '.join(SECTIONS)}; it holds {type(content).__name__}")
+        raise ParameterError(
+            f"{file}: should hold the sections common, {', '.join(SECTIONS)}; it holds {type(content).__name__}"
+        )
     for section, values in content.items():
         if section != "common" and section not in SECTIONS:
             allowed = ["common", *SECTIONS]
-            raise ParameterError(f"{file}: unknown section {section!r}{nearest(section, allowed)} (allowed: {', '.join(allowed)})")
+            raise ParameterError(
+                f"{file}: unknown section {section!r}{nearest(section, allowed)} (allowed: {', '.join(allowed)})"
+            )
         if values is None:
             content[section] = values = {}
         if not isinstance(values, dict):
             raise ParameterError(f"{file}: section {section} = {values!r}: should hold keys and values")
-        allowed = COMMON if section == "common" else [k for k in _own_keys(STAGES[SECTIONS[section]]) if k not in COMMON]
+        allowed = (
+            COMMON if section == "common" else [k for k in _own_keys(STAGES[SECTIONS[section]]) if k not in COMMON]
+        )
         for key, value in values.items():
             if key not in allowed:
                 raise ParameterError(_unknown_key(file, section, str(key), value, allowed))
@@ -279,7 +308,9 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
         allowed = list(allowed)
         for name in names:
             if name not in allowed:
-                raise ParameterError(f"{file}: {section}.{key} = {name!r}: unknown{nearest(name, allowed)} (allowed: {', '.join(allowed)})")
+                raise ParameterError(
+                    f"{file}: {section}.{key} = {name!r}: unknown{nearest(name, allowed)} (allowed: {', '.join(allowed)})"
+                )
 
     known("profile_layers", "similarity_metrics", profile.similarity_metrics, METRICS)
     known("cluster_layers", "cluster_metrics", cluster.cluster_metrics, profile.similarity_metrics)

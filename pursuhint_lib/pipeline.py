@@ -108,16 +108,23 @@ STAGES = (
     Stage(
         "05_evaluate",
         reads=("01_train_teacher", "02_profile_layers", "03_cluster_layers", "04_distill_students"),
-        writes=("results.csv", "summary.csv", "contrasts.csv", "alike.csv", "teacher.json", "provenance.csv"),
-        shows=("report.html", "tables/results.csv", "tables/summary.csv"),
+        writes=("results.csv", "summary.csv", "contrasts.csv", "alike.csv", "teacher.json", "settings.json"),
+        shows=("tables/results.csv", "tables/summary.csv"),
         compared=("results.csv", "summary.csv", "contrasts.csv", "alike.csv", "teacher.json"),
         share=0.08,
     ),
 )
 RESULTS = "results.csv"  # of the last stage: what the verdict looks at
+SPOOL = ".mlflow-spool.jsonl"  # in a stage's folder: what its notebook wants logged
 PREVIOUS = "previous"  # runs/<study>/previous/: tables and records that the verdict compares with
 SET_ASIDE = "set_aside"
 _UNFINISHED = ("running", "failed", "interrupted", "killed")
+
+
+def _write_report(study: str) -> None:
+    from pursuhint_lib.report import write_report  # here, so that a run with nothing to do stays light
+
+    write_report(study)
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,7 @@ class Sources:
     find: Callable[[str], Path] = study_file
     load: Callable[[Path], Mapping[str, Any]] = load_params
     check: Callable[[Mapping[str, Any], str], None] = check_names
+    report: Callable[[str], Any] | None = _write_report  # the page, made again when all records are there
 
     def notebook(self, stage: Stage) -> Path:
         """Where a stage's notebook is."""
@@ -396,7 +404,9 @@ class Driver:
         parameters = self.params[stage.name].model_dump(mode="json")
         tags = {"lock": inputs["lock"]} | ({"threads": parameters["threads"]} if "threads" in parameters else {})
         run_id = tracking.create_run(self.study, stage.name, tags=tags, params=parameters)
-        environment = kernel_environment(parameters.get("threads")) | tracking.environment(experiment_id, run_id)
+        spool = folder / SPOOL
+        environment = kernel_environment(parameters.get("threads"))
+        environment |= tracking.environment(experiment_id, run_id, spool)
         execution = Execution(self.sources.notebook(stage), folder, parameters, environment)
         try:
             notebook = self._watch(stage, place, started, execution)
@@ -405,6 +415,7 @@ class Driver:
         except BaseException as error:
             self.spent[stage.name] = self.spent.get(stage.name, 0.0) + time.time() - started
             with contextlib.suppress(Exception):
+                tracking.ingest(spool, tracking.StageRun(self.study, stage.name, run_id))
                 tracking.finish_run(run_id, "KILLED" if isinstance(error, Stopped) else "FAILED")
             raise
         seconds = time.time() - started + self.spent.pop(stage.name, 0.0)
@@ -495,6 +506,7 @@ class Driver:
         tracking = _tracking()
         folder, reports = folders(self.study, stage.name)
         try:
+            tracking.ingest(folder / SPOOL, tracking.StageRun(self.study, stage.name, run_id))
             tracking.log_stage_files(run_id, folder)
             tracking.log_files(run_id, [reports / name for name in stage.shows], "report")
             tracking.retire_other_models(self.study, stage.name, run_id)
@@ -514,6 +526,9 @@ class Driver:
     # After the last stage
 
     def _nothing_to_do(self) -> None:
+        if self.sources.report and not (home() / "reports" / self.study / "report.html").exists():
+            self.sources.report(self.study)
+            self.live.say("the report was gone: made again from the tables")
         verdict = read_verdict(self.study)
         took = sum(record["seconds"] for record in self.records.values())
         ended = max(record["ended"] for record in self.records.values())
@@ -528,11 +543,15 @@ class Driver:
         verdict = self._verdict()
         reports = report_folder(self.study)
         save_json(self.records, reports / "records.json")
+        if self.sources.report:
+            self.sources.report(self.study)
         save_json(as_json(verdict) | {"ended": stamp(time.time())}, run_folder(self.study) / "verdict.json")
         self._save_status(state="finished", stage="", progress="", to_redo=[], kernel=None, message="")
         self.live.say(f"study {self.study}: done in {duration(seconds)}")
         tracking = _tracking()
         with contextlib.suppress(tracking.TrackingError):
+            last = self.records[self.sources.stages[-1].name]["runs"]["notebook"]
+            tracking.log_files(last, [path for path in [reports / "report.html"] if path.exists()], "report")
             self.live.say(f"compare the runs (after 'make ui'): {tracking.compare_link(self.study)}")
         self.live.say(f"verdict: {verdict.text}")
         self.live.say(f"report: {self._report()}")

@@ -6,6 +6,7 @@ drawn on the scale [0, 1], clusters and stages always in the same colors.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -14,9 +15,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import Tensor
 
 from pursuhint_lib.storage import written_whole
+
+if TYPE_CHECKING:  # notebook 03 draws tables only and need not wait for torch
+    from torch import Tensor
 
 # Okabe and Ito's palette: told apart by readers with any color vision.
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
@@ -50,7 +53,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
             figure.savefig(temporary, metadata=metadata)
 
 
-def image_grid(images: Tensor, titles: Sequence[str], columns: int = 8) -> Figure:
+def image_grid(images: "Tensor", titles: Sequence[str], columns: int = 8) -> Figure:
     """A grid of images (N, C, H, W) uint8 with a title over each; one channel is drawn in gray."""
     rows = max(1, -(-len(images) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.3 * rows), squeeze=False)
@@ -62,7 +65,7 @@ def image_grid(images: Tensor, titles: Sequence[str], columns: int = 8) -> Figur
     return figure
 
 
-def feature_maps(maps: Mapping[str, Tensor]) -> Figure:
+def feature_maps(maps: "Mapping[str, Tensor]") -> Figure:
     """One map (H, W) per layer, side by side, each on its own gray scale."""
     figure, axes = plt.subplots(1, len(maps), figsize=(1.6 * len(maps), 1.9), squeeze=False)
     for ax, (name, values) in zip(axes.flat, maps.items(), strict=True):
@@ -73,7 +76,9 @@ def feature_maps(maps: Mapping[str, Tensor]) -> Figure:
 
 
 def layer_ladder(ax: Axes, table: pd.DataFrame, title: str) -> None:
-    """Height of the feature maps against depth, a bar per layer, colored by stage, channels written on the stage ends."""
+    """Height of the feature maps against depth, a bar per layer, colored by stage, channels written on the stage
+    ends.
+    """
     ax.bar(table["depth"], table["height"], color=[stage_color(s) for s in table["stage"]], width=0.85)
     for row in table[table["stage_end"]].itertuples():
         ax.annotate(f"{row.channels} ch", (row.depth, row.height), ha="right", va="bottom", fontsize=8)
@@ -102,7 +107,11 @@ def curves(ax: Axes, history: pd.DataFrame, column: str, label: str, *, percent:
         ax.plot(mean.index, mean, color=color, ls=dash, label=arm, lw=1.5)
         if rows["seed"].nunique() > 1:
             ax.fill_between(mean.index, by_epoch.min() * scale, by_epoch.max() * scale, color=color, alpha=0.1, lw=0)
-    ax.set(xlabel="epoch", ylabel=label, title=f"{label} (mean of seeds; band: all seeds)" if history["seed"].nunique() > 1 else label)
+    ax.set(
+        xlabel="epoch",
+        ylabel=label,
+        title=f"{label} (mean of seeds; band: all seeds)" if history["seed"].nunique() > 1 else label,
+    )
 
 
 def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], label: str, color: str = COLORS[0]) -> None:
@@ -125,7 +134,8 @@ def similarity_map(
     hint_points: Sequence[str] = (),
     colorbar: bool = True,
 ) -> None:
-    """Heat map of a similarity table on [0, 1]; lines between stages, clusters as a colored bar on the left, stars on hint points.
+    """Heat map of a similarity table on [0, 1]; lines between stages, clusters as a colored bar on the left, stars on
+    hint points.
 
     stages, labels: one number per row (stages from 1, clusters from 0). Axes count layers from 1 by depth.
     """
@@ -153,7 +163,9 @@ def similarity_map(
 
 
 def cross_map(ax: Axes, similarity: pd.DataFrame, title: str, *, colorbar: bool = False) -> None:
-    """Heat map of teacher layers (rows) by student layers (columns) on [0, 1]; the most alike teacher layer of each column is marked."""
+    """Heat map of teacher layers (rows) by student layers (columns) on [0, 1]; the most alike teacher layer of each
+    column is marked.
+    """
     shown = ax.imshow(similarity.to_numpy(), vmin=0, vmax=1, cmap="viridis", interpolation="nearest", aspect="auto")
     best = similarity.to_numpy().argmax(axis=0)
     ax.plot(range(len(best)), best, "o", color="white", mec="black", ms=6, ls="none")
@@ -169,7 +181,16 @@ def cross_map(ax: Axes, similarity: pd.DataFrame, title: str, *, colorbar: bool 
 def scatter(ax: Axes, table: pd.DataFrame, x: str, y: str, group: str, *, xlabel: str, ylabel: str) -> None:
     """A dot per row, colored by `group`."""
     for i, (name, rows) in enumerate(table.groupby(group, sort=False)):
-        ax.scatter(rows[x], rows[y], s=28, color=COLORS[i % len(COLORS)], marker="os^D"[i // len(COLORS) % 4], label=name, alpha=0.8, lw=0)
+        ax.scatter(
+            rows[x],
+            rows[y],
+            s=28,
+            color=COLORS[i % len(COLORS)],
+            marker="os^D"[i // len(COLORS) % 4],
+            label=name,
+            alpha=0.8,
+            lw=0,
+        )
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(fontsize=7.5, bbox_to_anchor=(1.01, 1), loc="upper left")
 
@@ -183,7 +204,9 @@ def layer_path(ax: Axes, points: pd.DataFrame, hint_points: Sequence[str], title
     for cluster, rows in points.groupby("cluster"):
         ax.scatter(rows["x"], rows["y"], s=45, color=stage_color(cluster + 1), zorder=2, label=f"cluster {cluster + 1}")
     chosen = points[points["layer"].isin(hint_points)]
-    ax.scatter(chosen["x"], chosen["y"], s=190, marker="*", color="white", edgecolor="black", zorder=3, label="hint point")
+    ax.scatter(
+        chosen["x"], chosen["y"], s=190, marker="*", color="white", edgecolor="black", zorder=3, label="hint point"
+    )
     for row in points.itertuples():
         ax.annotate(row.depth, (row.x, row.y), xytext=(5, 4), textcoords="offset points", fontsize=7.5)
     ax.set(title=title, xlabel="first dimension", ylabel="second dimension", aspect="equal")
@@ -210,7 +233,9 @@ def strategies(ax: Axes, chosen: Mapping[str, Sequence[str]], table: pd.DataFram
 
 
 def metric_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, group: str, *, xlabel: str, ylabel: str) -> None:
-    """`y` against `x`, a line per value of `group`; when an x has several values, their mean with the range as a band."""
+    """`y` against `x`, a line per value of `group`; when an x has several values, their mean with the range as a
+    band.
+    """
     for i, (name, rows) in enumerate(table.groupby(group, sort=False)):
         grouped = rows.groupby(x)[y]
         mean = grouped.mean()
@@ -222,7 +247,9 @@ def metric_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, group: str, *, x
 
 
 def frequencies(ax: Axes, stability: pd.DataFrame, table: pd.DataFrame, title: str) -> None:
-    """How often each layer is a hint point over resamples (%), bars colored by stage. stability: columns layer, frequency."""
+    """How often each layer is a hint point over resamples (%), bars colored by stage. stability: columns layer,
+    frequency.
+    """
     rows = table.merge(stability, on="layer", how="left").fillna({"frequency": 0.0})
     ax.bar(rows["depth"], 100 * rows["frequency"], color=[stage_color(s) for s in rows["stage"]], width=0.85)
     ax.set(xlabel="depth (candidate layer)", ylabel="chosen (% of resamples)", ylim=(0, 105), title=title)
@@ -230,11 +257,21 @@ def frequencies(ax: Axes, stability: pd.DataFrame, table: pd.DataFrame, title: s
 
 
 def accuracy_dots(ax: Axes, results: pd.DataFrame, column: str, label: str, teacher: float | None = None) -> None:
-    """A dot per seed and a bar at the mean, arms sorted by mean, best on top; the teacher as a line. Fractions -> percent."""
+    """A dot per seed and a bar at the mean, arms sorted by mean, best on top; the teacher as a line. Fractions ->
+    percent.
+    """
     order = results.groupby("arm")[column].mean().sort_values(ascending=False).index
     for row, arm in enumerate(order):
         values = 100 * results.loc[results["arm"] == arm, column]
-        color = UNAIDED if arm == "unaided" else REFERENCE if arm == "kd" else COLORS[0] if "clustered" in arm else "#333333"
+        color = (
+            UNAIDED
+            if arm == "unaided"
+            else REFERENCE
+            if arm == "kd"
+            else COLORS[0]
+            if "clustered" in arm
+            else "#333333"
+        )
         ax.scatter(values, np.full(len(values), row), s=22, color=color, alpha=0.55, lw=0)
         ax.plot([values.mean()] * 2, [row - 0.32, row + 0.32], color=color, lw=2.5)
     if teacher is not None:
@@ -268,7 +305,9 @@ def differences(ax: Axes, summary: pd.DataFrame, reference: str, confidence: flo
 
 
 def probabilities(axes: Sequence[Axes], table: pd.DataFrame) -> None:
-    """One panel per temperature: the teacher's largest probabilities for one image. table: temperature, label, probability."""
+    """One panel per temperature: the teacher's largest probabilities for one image. table: temperature, label,
+    probability.
+    """
     for ax, (temperature, rows) in zip(axes, table.groupby("temperature"), strict=True):
         bars(ax, list(rows["label"]), list(rows["probability"]), "probability")
         ax.set(title=f"T = {temperature:g}", xlim=(0, 1.15))

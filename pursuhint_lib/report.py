@@ -23,7 +23,8 @@ from markupsafe import Markup, escape
 
 from pursuhint_lib.evaluation import verdict
 from pursuhint_lib.params import STAGES
-from pursuhint_lib.storage import home, read_json, read_table, report_folder, written_whole
+from pursuhint_lib.storage import home, read_json, read_table, report_folder, save_table, written_whole
+from pursuhint_lib.tracking import LAB_TABLE
 
 TEMPLATE = "report.html.j2"
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
@@ -94,9 +95,10 @@ CONCLUSIONS = {  # the same in the words of one sentence, in the order of saying
 class Facts:
     """The files of a study that the page is made of.
 
-    results, summary, contrasts, teacher, confidence: of notebook 05, see `evaluation`. histories: of 01 and 04, by stage.
-    records: stage -> its record.json, or {} where there is none (a notebook run by hand, or 05 while it is running).
-    runs: MLflow run ids, of notebooks by stage and of trained networks by "<arm>-s<seed>", as far as recorded.
+    results, summary, contrasts, teacher, confidence: of notebook 05, see `evaluation`. histories: of 01 and 04, by
+    stage. records: stage -> its record.json, or {} where there is none (a notebook run by hand, or 05 while it is
+    running). runs: MLflow run ids, of notebooks by stage and of trained networks by "<arm>-s<seed>", as far as
+    recorded.
     """
 
     results: pd.DataFrame
@@ -146,10 +148,24 @@ def write_report(study: str) -> Path:
         for name, source in files.items():
             with written_whole(reports / kind / name) as temporary:
                 shutil.copyfile(source, temporary)
+    save_table(_provenance_table(facts), reports / "tables" / "provenance.csv")
     path = reports / "report.html"
     with written_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return path
+
+
+def _provenance_table(facts: Facts) -> pd.DataFrame:
+    """What each number came from: columns network ("<arm>-s<seed>"; empty for a notebook), stage, run_id, commit,
+    dirty.
+    """
+    rows = []
+    for stage, record in facts.records.items():
+        source = record.get("source", {})
+        ids = record.get("runs", {})
+        for network, run_id in ({"": ids.get("notebook", "")} | ids.get("models", {})).items():
+            rows.append((network, stage, run_id, source.get("commit", ""), source.get("dirty", "")))
+    return pd.DataFrame(rows, columns=["network", "stage", "run_id", "commit", "dirty"])
 
 
 def read_facts(runs: Path) -> Facts:
@@ -172,19 +188,19 @@ def read_facts(runs: Path) -> Facts:
         stability=_optional_table(cluster / "stability.csv", ["metric", "layer", "frequency"]),
         histories={folder.name: read_table(folder / "histories.csv") for folder in (teach, distill)},
         records=records,
-        runs=_run_ids(records, _optional_table(evaluate / "provenance.csv", ["stage", "arm", "seed", "run_id"])),
+        runs=_run_ids(records, runs),
     )
 
 
-def _run_ids(records: Mapping[str, Mapping[str, Any]], provenance: pd.DataFrame) -> dict[str, str]:
-    """Run ids from the records and, for what they do not say, from notebook 05's table (a row without arm: a stage)."""
+def _run_ids(records: Mapping[str, Mapping[str, Any]], runs: Path) -> dict[str, str]:
+    """Run ids, from the records, or from what a notebook that was run in JupyterLab left beside its tables."""
     found = {}
-    for row in provenance.dropna(subset=["run_id"]).itertuples():
-        found[row.stage if pd.isna(row.arm) else f"{row.arm}-s{int(row.seed)}"] = str(row.run_id)
     for stage, record in records.items():
-        runs = record.get("runs", {})
-        found |= {stage: runs["notebook"]} if runs.get("notebook") else {}
-        found |= runs.get("models", {})
+        ids = record.get("runs", {})
+        by_hand = _optional_table(runs / stage / LAB_TABLE, ["arm", "seed", "run_id"])
+        found |= {f"{row.arm}-s{row.seed}": row.run_id for row in by_hand.itertuples()}
+        found |= {stage: ids["notebook"]} if ids.get("notebook") else {}
+        found |= ids.get("models", {})
     return found
 
 

@@ -350,10 +350,13 @@ class LayerProfile:
 def cross_similarity(teacher: LayerProfile, student: LayerProfile) -> pd.DataFrame:
     """Linear CKA of every teacher layer with every student layer, on the same images in the same order.
 
-    Returns a labelled (teacher layers, student layers) table in [0, 1]. Raises ValueError when the numbers of images differ.
+    Returns a labelled (teacher layers, student layers) table in [0, 1]. Raises ValueError when the numbers of images
+    differ.
     """
     if teacher.n_images != student.n_images:
-        raise ValueError(f"the profiles are of {teacher.n_images} and {student.n_images} images: they must be of the same")
+        raise ValueError(
+            f"the profiles are of {teacher.n_images} and {student.n_images} images: they must be of the same"
+        )
     values = [[float(linear_cka(teacher.pooled(t), student.pooled(s))) for s in student.layers] for t in teacher.layers]
     return pd.DataFrame(values, index=list(teacher.layers), columns=list(student.layers))
 

@@ -28,7 +28,9 @@ def run_folder(study: str, stage: str = "") -> Path:
 
 
 def report_folder(study: str, part: str = "") -> Path:
-    """``reports/<study>/<part>``: what a study shows (report, tables, figures, executed notebooks). Made when missing."""
+    """``reports/<study>/<part>``: what a study shows (report, tables, figures, executed notebooks). Made when
+    missing.
+    """
     return _made(home() / "reports" / study / part)
 
 

@@ -75,9 +75,13 @@ def training_batches(params: Images, images: StudyImages, batch_size: int, seed:
     )
 
 
-def fixed_batches(params: Images, images: StudyImages, which: ImageSet, device: torch.device, batch_size: int = 250) -> Batches:
+def fixed_batches(
+    params: Images, images: StudyImages, which: ImageSet, device: torch.device, batch_size: int = 250
+) -> Batches:
     """Batches of `which` in its own order, not augmented, with noise (if the study has any) that never changes."""
-    return Batches(which, batch_size, mean=images.mean, std=images.std, noise=params.noise, seed=params.split_seed, device=device)
+    return Batches(
+        which, batch_size, mean=images.mean, std=images.std, noise=params.noise, seed=params.split_seed, device=device
+    )
 
 
 def probe_batches(params: Images, images: StudyImages, size: int, device: torch.device) -> Batches:
@@ -91,8 +95,12 @@ def fresh_network(name: str, images: StudyImages, seed: int) -> nn.Module:
         return build_model(name, len(images.train.classes), channels=images.shape[0])
 
 
-def training_facts(params: Images, images: StudyImages, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict:
-    """What decides a trained network besides its own recipe: images, disturbance, batches, arithmetic. For `arms.training_key`."""
+def training_facts(
+    params: Images, images: StudyImages, batch_size: int, device: torch.device, dtype: torch.dtype
+) -> dict:
+    """What decides a trained network besides its own recipe: images, disturbance, batches, arithmetic. For
+    `arms.training_key`.
+    """
     disturbance = {key: getattr(params, key) for key in ("noise", "crop_padding", "flip", "split_seed")}
     arithmetic = {"device": device.type, "dtype": str(dtype), "threads": torch.get_num_threads()}
     return {"images": images.facts(), "disturbance": disturbance, "batch_size": batch_size, "arithmetic": arithmetic}

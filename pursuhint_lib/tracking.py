@@ -42,7 +42,7 @@ from typing import Any
 import pandas as pd
 
 from pursuhint_lib.provenance import hardware, source_state, versions
-from pursuhint_lib.storage import home, run_folder
+from pursuhint_lib.storage import home, run_folder, save_table
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -58,6 +58,8 @@ _SHOWN = (".csv", ".json", ".png", ".pdf", ".html", ".ipynb")  # what is kept as
 _METRICS = {"val_accuracy": "val/acc1", "val_loss": "val/loss", "learning_rate": "train/lr"}  # others: train/<column>
 _NOT_METRICS = ("arm", "seed", "epoch", "seconds", "finished", "status")
 HEADLINE = "final/val_acc1"
+LAB_TABLE = ".runs.csv"  # run ids of the networks of a notebook that was run in JupyterLab, for the report
+SPOOL = "PURSUHINT_SPOOL"  # names the file that a notebook writes to when a driver will log for it
 DISTILLED = "04_distill_students"
 
 
@@ -86,12 +88,13 @@ def _artifacts() -> str:
     return (home() / "mlartifacts").as_uri()
 
 
-def environment(experiment_id: str, run_id: str) -> dict[str, str]:
-    """Environment variables by which a notebook finds the store and joins the run `run_id`."""
+def environment(experiment_id: str, run_id: str, spool: Path) -> dict[str, str]:
+    """Environment variables by which a notebook finds the store, its run `run_id`, and the spool that it writes to."""
     return QUIET | {
         "MLFLOW_TRACKING_URI": tracking_uri(),
         "MLFLOW_EXPERIMENT_ID": experiment_id,
         "MLFLOW_RUN_ID": run_id,
+        SPOOL: str(spool),
     }
 
 
@@ -406,18 +409,73 @@ class StageRun:
             client.log_inputs(self.run_id, [entry])
 
 
+class SpooledRun:
+    """A notebook's run when a driver logs for it: the calls of `StageRun`, written to a file, a JSON line each.
+
+    So a notebook need not import MLflow (seconds), can run where there is none, and loses nothing when a store is
+    slow or away; the driver `ingest`s the file when the notebook has ended, well or not.
+    """
+
+    def __init__(self, study: str, stage: str, run_id: str, spool: Path):
+        self.study, self.stage, self.run_id = study, stage, run_id
+        self._spool = Path(spool)
+
+    def log_trained_model(
+        self,
+        *,
+        arm: str,
+        seed: int,
+        history: pd.DataFrame,
+        params: Mapping[str, Any],
+        key: str = "",
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
+        """As `StageRun.log_trained_model`, later."""
+        rows = _rows_of(history, arm, int(seed)).to_dict(orient="list")
+        self._write("log_trained_model", arm=arm, seed=int(seed), history=rows, params=params, key=key, tags=tags)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """As `StageRun.log_metrics`, later."""
+        self._write("log_metrics", metrics={name: float(value) for name, value in metrics.items()}, step=step)
+
+    def log_dataset(self, name: str, digest: str, context: str) -> None:
+        """As `StageRun.log_dataset`, later."""
+        self._write("log_dataset", name=name, digest=digest, context=context)
+
+    def _write(self, call: str, **arguments: Any) -> None:
+        with open(self._spool, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"call": call, "arguments": arguments}, default=float) + "\n")
+
+
+def ingest(spool: Path, run: StageRun) -> None:
+    """Log what a notebook spooled, and remove the spool. Calls are idempotent, so a spool may be ingested again."""
+    if not spool.exists():
+        return
+    for line in spool.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a notebook that was killed while writing it
+            entry = json.loads(line)
+            arguments = entry["arguments"]
+            if "history" in arguments:
+                arguments["history"] = pd.DataFrame(arguments["history"])
+            getattr(run, entry["call"])(**arguments)
+    spool.unlink()
+
+
 _LAB_RUNS: dict[tuple[str, str], tuple[str, dict]] = {}  # of this process: cells of one notebook share one run
 
 
 @contextlib.contextmanager
-def stage_run(study: str, stage: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
+def stage_run(study: str, stage: str, params: Mapping[str, Any]) -> Iterator[StageRun | SpooledRun]:
     """The run of this notebook, for a ``with`` block in one or several of its cells.
 
     Under `pipeline` it is the driver's run, which the driver closes. In JupyterLab it is created at the first block
     and is FINISHED after each block that ends well, FAILED after one that raises; the stage's files become its
     artifacts.
     """
-    joined = os.environ.get("MLFLOW_RUN_ID")
+    joined, spool = os.environ.get("MLFLOW_RUN_ID"), os.environ.get(SPOOL)
+    if joined and spool:
+        yield SpooledRun(study, stage, joined, Path(spool))
+        return
     if joined:
         yield StageRun(study, stage, joined)
         return
@@ -431,6 +489,7 @@ def stage_run(study: str, stage: str, params: Mapping[str, Any]) -> Iterator[Sta
         raise
     with _goes_on("the stage's files"):
         log_stage_files(run_id, run_folder(study, stage))
+        save_table(run_table(study, stage), run_folder(study, stage) / LAB_TABLE)
         retire_other_models(study, stage, run_id)
     _close_lab_run(run_id, "FINISHED")
 

@@ -1,8 +1,8 @@
 """One training loop, one schedule, checkpoints.
 
-`fit` trains any number of learners in lockstep: each batch is drawn once and seen once by the teacher, then every learner
-takes its step. Learners do not influence each other: the same learner gives the same bytes alone or in company, in one go
-or interrupted and resumed (same CPU, same number of threads).
+`fit` trains any number of learners in lockstep: each batch is drawn once and seen once by the teacher, then every
+learner takes its step. Learners do not influence each other: the same learner gives the same bytes alone or in
+company, in one go or interrupted and resumed (same CPU, same number of threads).
 """
 
 import hashlib
@@ -29,8 +29,8 @@ Learner = nn.Module  # with .model, .teacher_layers, .needs_teacher and .losses(
 class Schedule:
     """How long and how fast to learn. SGD with momentum; the last epoch counts.
 
-    name: "fast" is one cycle (linear warm-up over the first quarter to `learning_rate`, then a half cosine to zero, set at
-    every step); "paper" multiplies by 0.1 at 62.5, 75 and 87.5 % of the epochs (150, 180, 210 of 240).
+    name: "fast" is one cycle (linear warm-up over the first quarter to `learning_rate`, then a half cosine to zero,
+    set at every step); "paper" multiplies by 0.1 at 62.5, 75 and 87.5 % of the epochs (150, 180, 210 of 240).
     """
 
     name: str
@@ -50,19 +50,21 @@ class Schedule:
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto" is the first GPU when there is one. Raises ValueError when a named device is not there."""
+    """ "auto" is the first GPU when there is one. Raises ValueError when a named device is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise ValueError(f"device = {name!r}: this machine offers {torch.cuda.device_count()} GPUs (allowed here: auto, cpu)")
+        raise ValueError(
+            f"device = {name!r}: this machine offers {torch.cuda.device_count()} GPUs (allowed here: auto, cpu)"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device = 'mps': not available on this machine (allowed here: auto, cpu)")
     return device
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 where the hardware computes with it, else float32."""
+    """ "auto" is bfloat16 where the hardware computes with it, else float32."""
     if name == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
@@ -101,16 +103,17 @@ def fit(
     on_epoch: Callable[[int, pd.DataFrame], None] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> pd.DataFrame:
-    """Train all learners on the same batches, the teacher looking at each batch once. Returns one row per learner and epoch.
+    """Train all learners on the same batches, the teacher looking at each batch once. Returns one row per learner and
+    epoch.
 
-    Columns: arm, seed (of `batches`), epoch (from 1), learning_rate (of the epoch's first step), loss and every term (means
-    over the epoch's images), hint_share (the hints' part of the loss, when there are hints), val_accuracy, val_loss
-    (after the epoch), status ("trained" or "failed"), seconds (of the whole group), finished (UNIX time). All learners
-    end in eval mode.
+    Columns: arm, seed (of `batches`), epoch (from 1), learning_rate (of the epoch's first step), loss and every term
+    (means over the epoch's images), hint_share (the hints' part of the loss, when there are hints), val_accuracy,
+    val_loss (after the epoch), status ("trained" or "failed"), seconds (of the whole group), finished (UNIX time).
+    All learners end in eval mode.
 
     checkpoint: a file that is rewritten after each epoch and taken up by the next call with the same learners, or with
-    some of them; it is removed by the caller, when the results are safe. on_epoch(epoch, rows) is called after each epoch.
-    A learner whose loss is not finite is stopped after that epoch, marked failed, and the others go on.
+    some of them; it is removed by the caller, when the results are safe. on_epoch(epoch, rows) is called after each
+    epoch. A learner whose loss is not finite is stopped after that epoch, marked failed, and the others go on.
     Dropout masks and the like depend on (seed, step) alone; the global random generator is put back at the end.
 
     Raises ValueError for a damaged checkpoint or one of other learners.
@@ -144,7 +147,10 @@ def fit(
                 _step(optimizers[name], terms["loss"], rate)
                 _add(sums[name], terms, len(batch.labels))
             seen += len(batch.labels)
-        rows = [_row(name, sums[name], seen, batches.seed, epoch, schedule, validation, active[name], dtype) for name in active]
+        rows = [
+            _row(name, sums[name], seen, batches.seed, epoch, schedule, validation, active[name], dtype)
+            for name in active
+        ]
         seconds = time.perf_counter() - started
         for row in rows:
             row |= {"seconds": seconds, "finished": time.time()}
@@ -166,7 +172,11 @@ def fit(
 def _optimizer(learner: Learner, schedule: Schedule) -> torch.optim.SGD:
     parameters = [p for p in learner.parameters() if p.requires_grad]
     return torch.optim.SGD(
-        parameters, lr=schedule.learning_rate, momentum=schedule.momentum, weight_decay=schedule.weight_decay, fused=True
+        parameters,
+        lr=schedule.learning_rate,
+        momentum=schedule.momentum,
+        weight_decay=schedule.weight_decay,
+        fused=True,
     )
 
 
@@ -194,7 +204,12 @@ def _row(
     learner: Learner,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    row = {"arm": name, "seed": seed, "epoch": epoch + 1, "learning_rate": schedule.learning_rate_at(epoch / schedule.epochs)}
+    row = {
+        "arm": name,
+        "seed": seed,
+        "epoch": epoch + 1,
+        "learning_rate": schedule.learning_rate_at(epoch / schedule.epochs),
+    }
     means = {term: float(total) / seen for term, total in sums.items()}
     part = means.pop("hint_part", None)
     row |= means
@@ -225,7 +240,9 @@ def _load_checkpoint(path: Path, learners: Mapping[str, Learner], optimizers: Ma
     content = path.read_bytes()
     digest, payload = content[:32], content[32:]
     if hashlib.sha256(payload).digest() != digest:
-        raise ValueError(f"{path}: damaged checkpoint (its sha256 differs); delete it to train this group from its start")
+        raise ValueError(
+            f"{path}: damaged checkpoint (its sha256 differs); delete it to train this group from its start"
+        )
     content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)  # weights_only: runs no code
     missing = [name for name in learners if name not in content["learners"]]
     if missing:
@@ -241,5 +258,3 @@ def _load_checkpoint(path: Path, learners: Mapping[str, Learner], optimizers: Ma
         "rows": [row for row in content["rows"] if row["arm"] in learners],
         "failed": [name for name in content["failed"] if name in learners],
     }
-
-

@@ -18,7 +18,20 @@ from tools import setup_venv
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
-CORE = "torch torchvision jupyterlab papermill scikit-learn pandas matplotlib mlflow numpy scipy pydantic pytest".split()
+CORE = [
+    "torch",
+    "torchvision",
+    "jupyterlab",
+    "papermill",
+    "scikit-learn",
+    "pandas",
+    "matplotlib",
+    "mlflow",
+    "numpy",
+    "scipy",
+    "pydantic",
+    "pytest",
+]
 # torch and torchvision are compiled for each other: torchvision's minor version is torch's plus this.
 TORCHVISION_AHEAD = 14
 URL_OR_PATH = re.compile(r"://|--(?:extra-)?index|--find-links|file:|\bgit\+|(?<![\w.])/[a-z]+/", re.IGNORECASE)
@@ -43,7 +56,9 @@ def declared() -> list[Requirement]:
     """What pyproject.toml asks for: the dependencies, every extra, and what the editable install builds with."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = [line for lines in project["project"]["optional-dependencies"].values() for line in lines]
-    return [Requirement(line) for line in project["project"]["dependencies"] + extras + project["build-system"]["requires"]]
+    return [
+        Requirement(line) for line in project["project"]["dependencies"] + extras + project["build-system"]["requires"]
+    ]
 
 
 def pins_on(python: str, platform: str) -> dict[str, Version]:
@@ -177,7 +192,9 @@ def test_a_venv_counts_as_ready_only_when_complete_for_this_lock_and_this_folder
 
 def test_an_unusable_python_ends_set_up_with_one_clear_line():
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    done = subprocess.run(["make", "ready", "PYTHON=no-such-python"], cwd=ROOT, env=clean, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "ready", "PYTHON=no-such-python"], cwd=ROOT, env=clean, capture_output=True, text=True
+    )
     first, *rest = done.stderr.splitlines()
     assert done.returncode != 0
     assert "3.11" in first and "no-such-python" in first and "PYTHON=" in first

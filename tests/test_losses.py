@@ -109,7 +109,11 @@ def test_gradients_pass_gradcheck(loss):
     assert torch.autograd.gradcheck(loss, random(2, 2, 4, 3, seed=4).requires_grad_())
 
 
-@pytest.mark.parametrize("make", [torch.zeros, lambda *s: torch.full(s, 1e4), lambda *s: torch.randn(*s).bfloat16()], ids=["zeros", "huge", "bf16"])
+@pytest.mark.parametrize(
+    "make",
+    [torch.zeros, lambda *s: torch.full(s, 1e4), lambda *s: torch.randn(*s).bfloat16()],
+    ids=["zeros", "huge", "bf16"],
+)
 def test_losses_and_gradients_are_finite_float32_for_zeros_huge_values_and_bfloat16(make):
     torch.manual_seed(0)
     student, teacher = make(2, 3, 4, 4).requires_grad_(), make(2, 3, 4, 4)

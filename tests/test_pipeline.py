@@ -127,6 +127,7 @@ def toy_sources(root):
         find=lambda study: find_toy(study, root / "params"),
         load=load_toy,
         check=lambda params, file: None,
+        report=None,
     )
 
 

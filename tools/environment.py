@@ -1,7 +1,9 @@
-"""Write environment.yml from requirements.lock: `make lock` runs it, `tests/test_environment.py` holds the two together.
+"""Write environment.yml from requirements.lock: `make lock` runs it, `tests/test_environment.py` holds the two
+together.
 
 The pins stand in the file itself, because some conda front ends move the pip part elsewhere before they read it, where
-a line such as `-r requirements.lock` finds nothing. Hashes cannot stand there, so conda users get the pins without them.
+a line such as `-r requirements.lock` finds nothing. Hashes cannot stand there, so conda users get the pins without
+them.
 """
 
 import re

@@ -75,7 +75,9 @@ def stamp_found() -> tuple[str, str]:
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[int]:
-    """Hold the lock file's own lock, so two `make` in one folder do not build one .venv; gives the handle to inherit."""
+    """Hold the lock file's own lock, so two `make` in one folder do not build one .venv; gives the handle to
+    inherit.
+    """
     with open(LOCK, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,7 +105,9 @@ def build(lock_handle: int, why: str) -> None:
         raise SetupError(f"{sys.executable} could not put pip into .venv: {(error.output or b'').decode()}") from None
     # Wheels only: building a source archive would fetch its build tools past the lock's hashes.
     options = ["--quiet", "--require-hashes", "--only-binary", ":all:", "--requirement", str(LOCK)]
-    say("Set-up: fetching and unpacking about 200 packages, 3 GB to download and 6 GB on disk (PyTorch's CUDA libraries)")
+    say(
+        "Set-up: fetching and unpacking about 200 packages, 3 GB to download and 6 GB on disk (PyTorch's CUDA libraries)"
+    )
     if uv:
         say("Set-up: with uv, about half a minute on a fast line")
         try:
