@@ -166,6 +166,7 @@ class Distillation:
                 validation=fixed_batches(self.params, self.images, self.images.validation, self.device),
                 progress=progress,
                 dtype=self.dtype,
+                workers=self.params.workers,
             )
             for seed in seeds
         ]
@@ -219,6 +220,7 @@ def train_and_keep(
     validation: Batches,
     progress: Progress,
     dtype: torch.dtype = torch.float32,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Train the students of one seed in lockstep, those that are not already there; keep each. Returns all their
     histories.
@@ -254,6 +256,7 @@ def train_and_keep(
                 checkpoint=checkpoint,
                 on_epoch=_reporter(progress, schedule.epochs),
                 dtype=dtype,
+                workers=workers,
             )
             for name, learner in learners.items():
                 _keep(folder, name, seed, learner, history[history["arm"] == name], arms[name])

@@ -5,11 +5,13 @@ learner takes its step. Learners do not influence each other: the same learner g
 company, in one go or interrupted and resumed (same CPU, same number of threads).
 """
 
+import functools
 import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pursuhint_lib.data import Batches
-from pursuhint_lib.features import FrozenTeacher
+from pursuhint_lib.data import Batch, Batches
+from pursuhint_lib.features import FrozenTeacher, Observation
 from pursuhint_lib.storage import written_whole
 
 Learner = nn.Module  # with .model, .teacher_layers, .needs_teacher and .losses(batch, observation); see `learners`
@@ -102,9 +104,9 @@ def fit(
     checkpoint: Path | None = None,
     on_epoch: Callable[[int, pd.DataFrame], None] | None = None,
     dtype: torch.dtype = torch.float32,
+    workers: int = 1,
 ) -> pd.DataFrame:
-    """Train all learners on the same batches, the teacher looking at each batch once. Returns one row per learner and
-    epoch.
+    """Train all learners on the same batches, the teacher looking at each batch once. One row per learner and epoch.
 
     Columns: arm, seed (of `batches`), epoch (from 1), learning_rate (of the epoch's first step), loss and every term
     (means over the epoch's images), hint_share (the hints' part of the loss, when there are hints), val_accuracy,
@@ -115,6 +117,9 @@ def fit(
     some of them; it is removed by the caller, when the results are safe. on_epoch(epoch, rows) is called after each
     epoch. A learner whose loss is not finite is stopped after that epoch, marked failed, and the others go on.
     Dropout masks and the like depend on (seed, step) alone; the global random generator is put back at the end.
+    workers: on a CPU, so many learners take their step at the same time, each in a thread of its own, while the teacher
+    looks at the next batch. It changes no bit, and pays for networks too small to keep several cores busy by themselves.
+    Learners that draw random numbers as they train (dropout) take turns, because they share one generator.
 
     Raises ValueError for a damaged checkpoint or one of other learners.
     """
@@ -126,47 +131,131 @@ def fit(
         state = _load_checkpoint(Path(checkpoint), learners, optimizers)
     random_state = torch.get_rng_state()
     wanted = list(dict.fromkeys(layer for learner in learners.values() for layer in learner.teacher_layers))
+    if not any(learner.needs_teacher for learner in learners.values()):
+        teacher = None
 
-    for epoch in range(state["epoch"], schedule.epochs):
-        started = time.perf_counter()
-        active = {name: learner for name, learner in learners.items() if name not in state["failed"]}
-        for learner in active.values():
-            learner.train()
-        sums: dict[str, dict[str, Tensor]] = {name: {} for name in active}
-        seen = 0
-        for step, batch in enumerate(batches.epoch(epoch)):
-            rate = schedule.learning_rate_at((epoch + step / len(batches)) / schedule.epochs)
-            observation = None
-            if teacher is not None and any(learner.needs_teacher for learner in active.values()):
-                with autocast(device, dtype):
-                    observation = teacher.observe(batch.images, layers=wanted)
-            for name, learner in active.items():
-                torch.manual_seed(batches.seed * 1_000_003 + epoch * len(batches) + step)
-                with autocast(device, dtype):
-                    terms = learner.losses(batch, observation)
-                _step(optimizers[name], terms["loss"], rate)
-                _add(sums[name], terms, len(batch.labels))
-            seen += len(batch.labels)
-        rows = [
-            _row(name, sums[name], seen, batches.seed, epoch, schedule, validation, active[name], dtype)
-            for name in active
-        ]
-        seconds = time.perf_counter() - started
-        for row in rows:
-            row |= {"seconds": seconds, "finished": time.time()}
-            if row["status"] == "failed":
-                state["failed"].append(row["arm"])
-        state["rows"] += rows
-        state["epoch"] = epoch + 1
-        if checkpoint is not None:
-            _save_checkpoint(Path(checkpoint), state, learners, optimizers)
-        if on_epoch is not None:
-            on_epoch(epoch + 1, pd.DataFrame(rows))
+    with _Workers(workers if device.type == "cpu" else 1) as pool:
+        for epoch in range(state["epoch"], schedule.epochs):
+            started = time.perf_counter()
+            active = {name: learner for name, learner in learners.items() if name not in state["failed"]}
+            sums: dict[str, dict[str, Tensor]] = {name: {} for name in active}
+            seen = 0
+            for learner in active.values():
+                learner.train()
+            observed = _observed(batches.epoch(epoch), teacher, wanted, device, dtype, pool)
+            for step, (batch, observation) in enumerate(observed):
+                rate = schedule.learning_rate_at((epoch + step / len(batches)) / schedule.epochs)
+                seed = batches.seed * 1_000_003 + epoch * len(batches) + step
+
+                def take_step(name: str, batch=batch, observation=observation, rate=rate, seed=seed) -> None:
+                    _seed_dropout(device, seed)
+                    with autocast(device, dtype):
+                        terms = active[name].losses(batch, observation)
+                    _step(optimizers[name], terms["loss"], rate)
+                    _add(sums[name], terms, len(batch.labels))
+
+                pool.each(take_step, active)
+                seen += len(batch.labels)
+
+            def finish(name: str, epoch=epoch, seen=seen) -> dict[str, Any]:
+                return _row(name, sums[name], seen, batches.seed, epoch, schedule, validation, active[name], dtype)
+
+            rows = pool.each(finish, active)
+            seconds = time.perf_counter() - started
+            for row in rows:
+                row |= {"seconds": seconds, "finished": time.time()}
+                if row["status"] == "failed":
+                    state["failed"].append(row["arm"])
+            state["rows"] += rows
+            state["epoch"] = epoch + 1
+            if checkpoint is not None:
+                _save_checkpoint(Path(checkpoint), state, learners, optimizers)
+            if on_epoch is not None:
+                on_epoch(epoch + 1, pd.DataFrame(rows))
 
     torch.set_rng_state(random_state)
     for learner in learners.values():
         learner.eval()
     return pd.DataFrame(state["rows"])
+
+
+class _Workers:
+    """Does the same thing for every learner: in threads, or one after the other where that must be.
+
+    torch computes without holding the interpreter, so threads overlap. What a learner computes does not depend on them;
+    the one thing that learners share is the random generator, so a first round in turn finds out whether any draws from it.
+    """
+
+    def __init__(self, workers: int):
+        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
+        self._rounds = 0
+        self._in_turn = workers == 1
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool:
+            self._pool.shutdown()
+
+    def each(self, do: Callable[[str], Any], names: Iterable[str]) -> list[Any]:
+        """[do(name) for name in names]; the first exception is raised."""
+        self._rounds += 1
+        if not self._in_turn and self._rounds > 1:
+            return list(self._pool.map(do, names))
+        results = []
+        for name in names:
+            results.append(do(name))
+            # `do` has seeded the generator and then, if it uses it, drawn from it.
+            self._in_turn = self._in_turn or _has_drawn()
+        return results
+
+    def later(self, do: Callable[[], Any]) -> Callable[[], Any]:
+        """Begin do() in a thread, if there are any; the returned function gives its result."""
+        if self._pool is None:
+            return do
+        return self._pool.submit(do).result
+
+
+def _has_drawn() -> bool:
+    """Whether the generator has moved since it was last seeded."""
+    fresh = torch.Generator().manual_seed(torch.default_generator.initial_seed())
+    return not torch.equal(fresh.get_state(), torch.default_generator.get_state())
+
+
+def _observed(
+    epoch: Iterable[Batch],
+    teacher: FrozenTeacher | None,
+    layers: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    pool: _Workers,
+) -> Iterator[tuple[Batch, Observation | None]]:
+    """Each batch with what the teacher saw in it (None without a teacher). The teacher is one batch ahead."""
+
+    def observe(batch: Batch) -> Observation | None:
+        if teacher is None:
+            return None
+        with autocast(device, dtype):
+            return teacher.observe(batch.images, layers=layers)
+
+    ahead: tuple[Batch, Callable[[], Observation | None]] | None = None
+    for batch in epoch:
+        ready = (ahead[0], ahead[1]()) if ahead else None  # before the next is begun: one forward pass at a time
+        ahead = (batch, pool.later(functools.partial(observe, batch)))
+        if ready:
+            yield ready
+    if ahead:
+        yield ahead[0], ahead[1]()
+
+
+def _seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed the generator that dropout draws from. torch.manual_seed would, at every step, also visit absent devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _optimizer(learner: Learner, schedule: Schedule) -> torch.optim.SGD:
