@@ -233,7 +233,7 @@ def train_and_keep(
     Raises ValueError, one line, for a damaged student or checkpoint file; nothing is overwritten then.
     """
     folder, seed = Path(folder), batches.seed
-    missing = {name: key for name, key in arms.items() if _kept_key(kept_file(folder, name, seed)) != key}
+    missing = {name: key for name, key in arms.items() if _kept_key(folder, name, seed) != key}
     checkpoint = folder / "checkpoints" / f"s{seed}.ckpt"
     keys_file = checkpoint.with_suffix(".json")  # which arms, under which keys, the checkpoint belongs to
     begun = read_json(keys_file) if checkpoint.exists() and keys_file.exists() else {}
@@ -299,8 +299,11 @@ def _keep(folder: Path, name: str, seed: int, learner: Learner, history: pd.Data
         learner.close()
 
 
-def _kept_key(file: Path) -> str | None:
-    return load_model(file)[1].get("key") if file.exists() else None
+def _kept_key(folder: Path, name: str, seed: int) -> str | None:
+    """Key of a finished network; None when there is none, or its history is gone."""
+    file = kept_file(folder, name, seed)
+    whole = file.exists() and _history_file(folder, name, seed).exists()
+    return load_model(file)[1].get("key") if whole else None
 
 
 def _history_file(folder: Path, name: str, seed: int) -> Path:

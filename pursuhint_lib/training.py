@@ -332,7 +332,10 @@ def _load_checkpoint(path: Path, learners: Mapping[str, Learner], optimizers: Ma
         raise ValueError(
             f"{path}: damaged checkpoint (its sha256 differs); delete it to train this group from its start"
         )
-    content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)  # weights_only: runs no code
+    try:
+        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)  # weights_only: runs no code
+    except Exception:
+        raise ValueError(f"{path}: not a checkpoint of this program; delete it to train this group anew") from None
     missing = [name for name in learners if name not in content["learners"]]
     if missing:
         raise ValueError(

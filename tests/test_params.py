@@ -1,0 +1,137 @@
+"""Parameter files: every mistake is one line that names file, key, value and what is allowed."""
+
+import pytest
+import yaml
+
+from pursuhint_lib import params
+from pursuhint_lib.params import (
+    COMMON,
+    PARAMS_FOLDER,
+    SECTIONS,
+    STAGES,
+    ParameterError,
+    check_names,
+    from_variables,
+    load_params,
+)
+
+SMOKE = yaml.safe_load((PARAMS_FOLDER / "smoke.yaml").read_text())
+
+
+def load(tmp_path, **changes):
+    """The smoke study with `section__key=value` changed."""
+    content = {section: dict(values) for section, values in SMOKE.items()}
+    for place, value in changes.items():
+        section, key = place.split("__")
+        content.setdefault(section, {})[key] = value
+    path = tmp_path / "smoke.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return load_params(path)
+
+
+@pytest.mark.parametrize("path", sorted(PARAMS_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_in_the_repository_is_fit_to_run(path):
+    found = load_params(path)
+    check_names(found, path.name)
+    assert list(found) == list(STAGES) and all(stage.study == path.stem for stage in found.values())
+
+
+def test_common_keys_reach_the_notebooks_that_declare_them_and_no_others(tmp_path):
+    found = load(tmp_path, common__epochs=7)
+    assert found["04_distill_students"].epochs == found["01_train_teacher"].epochs == 7
+    assert "epochs" not in found["03_cluster_layers"].model_dump()
+    assert all(key in {k for model in STAGES.values() for k in model.model_fields} for key in COMMON)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    path = tmp_path / "smoke.yaml"
+    path.write_text("common: {weight_decay: 1e-3, learning_rate: 5E-2}\n")
+    found = load_params(path)["01_train_teacher"]
+    assert (found.weight_decay, found.learning_rate) == (1e-3, 5e-2)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        ("common__epoch", 3, ["common.epoch = 3", "unknown key", "'epochs'"]),
+        (
+            "distill_students__teacher_epochs",
+            3,
+            ["distill_students.teacher_epochs", "belongs in section train_teacher"],
+        ),
+        ("train_teacher__epochs", 3, ["train_teacher.epochs", "belongs in section common"]),
+        ("common__epochs", "ten", ["common.epochs = 'ten'", "integer"]),
+        ("common__epochs", 0, ["common.epochs = 0", "greater than or equal to 1"]),
+        ("common__epochs", True, ["common.epochs = True", "number"]),
+        ("common__learning_rate", -1, ["common.learning_rate = -1", "greater than 0"]),
+        ("common__learning_rate", float("inf"), ["common.learning_rate = inf", "finite"]),
+        ("common__data", "digit", ["common.data = 'digit'", "'digits'", "'cifar100'"]),
+        ("common__seeds", [0, 0], ["common.seeds", "0 twice"]),
+        ("common__seeds", [], ["common.seeds = []", "at least 1"]),
+        ("common__device", "gpu", ["common.device = 'gpu'"]),
+        ("evaluate__confidence", 1.5, ["evaluate.confidence = 1.5", "less than 1"]),
+        ("clusters__n_hints", 3, ["unknown section 'clusters'", "'cluster_layers'"]),
+        ("common__study", "other", ["common.study = 'other'", "'smoke'"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_key_value_and_what_is_allowed(tmp_path, place, value, says):
+    with pytest.raises(ParameterError) as error:
+        load(tmp_path, **{place: value})
+    text = str(error.value)
+    assert "\n" not in text and "smoke.yaml" in text
+    assert all(part in text for part in says), text
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        ("common__teacher", "resnet21", ["common.teacher = 'resnet21'", "resnet20"]),
+        ("common__student", "vgg13bn", ["common.student = 'vgg13bn'", "vgg13_bn"]),
+        ("cluster_layers__n_hints", 4, ["n_hints = 4", "more hints than the student", "1 to 3"]),
+        ("cluster_layers__strategies", ["unifrom"], ["'unifrom'", "did you mean 'uniform'"]),
+        ("cluster_layers__cluster_metrics", ["svcca"], ["'svcca'", "r2_cca, linear_cka, rbf_cka"]),
+        ("profile_layers__similarity_metrics", ["linear_kca"], ["'linear_kca'", "did you mean 'linear_cka'"]),
+        ("profile_layers__layers", ["stage1.9"], ["'stage1.9'", "did you mean 'stage1"]),
+        ("distill_students__methods", ["fit_net"], ["'fit_net'", "did you mean 'fitnet'"]),
+        ("distill_students__hint_weights", {"fitnet": 3.0}, ["hint_weights = 'fitnet'", "allowed: at"]),
+    ],
+)
+def test_a_name_that_the_library_does_not_know_is_one_line(tmp_path, place, value, says):
+    found = load(tmp_path, **{place: value})
+    with pytest.raises(ParameterError) as error:
+        check_names(found, "params/smoke.yaml")
+    text = str(error.value)
+    assert "\n" not in text and text.startswith("params/smoke.yaml: ")
+    assert all(part in text for part in says), text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("a: [", "not valid YAML at line"), ("- 1", "should hold the sections"), ("common: 3", "section common = 3")],
+)
+def test_a_file_that_is_no_parameter_file_is_one_line(tmp_path, content, says):
+    path = tmp_path / "smoke.yaml"
+    path.write_text(content)
+    with pytest.raises(ParameterError, match=says) as error:
+        load_params(path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_study_is_answered_with_those_there_are():
+    with pytest.raises(ParameterError, match="no study 'digit': params/ holds .*digits.*did you mean 'digits'"):
+        params.study_file("digit")
+
+
+def test_a_notebook_reads_its_own_cell_again():
+    model = STAGES["03_cluster_layers"]
+    values = load_params(PARAMS_FOLDER / "smoke.yaml")["03_cluster_layers"].model_dump()
+    assert from_variables(model, values | {"unrelated": 1}) == model(**values)
+    with pytest.raises(ParameterError, match="n_hints = 'many'"):
+        from_variables(model, values | {"n_hints": "many"})
+    del values["n_hints"]
+    with pytest.raises(ParameterError, match="does not set n_hints"):
+        from_variables(model, values)
+
+
+def test_sections_are_the_notebooks_without_their_numbers():
+    assert {section: stage[3:] for section, stage in SECTIONS.items()} == {s: s for s in SECTIONS}
