@@ -140,7 +140,7 @@ class DistillStudents(StudentTraining, Networks, Hardware, Images):
     """04: a student for every method, strategy and seed."""
 
     methods: Names = ["at"]
-    workers: Count = 1  # arms that take their step at the same time, on a CPU; changes no result
+    workers: Count = 1  # arms that take their step at the same time, on a CPU; they share the threads
     ce_weight: Weight = 1.0
     kd_weight: Weight = 1.0
     temperature: Positive = 4.0
