@@ -19,7 +19,7 @@ export PURSUHINT_DATA := $(if $(filter /% ~%,$(firstword $(DATA))),$(DATA),$(CUR
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab ui bench strip lock clean ready
+.PHONY: help reproduce test lab ui bench strip readme lock clean ready
 
 help: ## explain the targets
 	@echo "From which layers of a teacher network should a student take hints?"
@@ -53,6 +53,9 @@ bench: ready ## measure speed and memory (tests/benchmarks)
 strip: ready ## take outputs and run metadata out of the notebooks, before a commit
 	@exec .venv/bin/python -m nbstripout --extra-keys \
 	  "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution" $(NOTEBOOKS)
+
+readme: ready ## write the results table of README.md from reports/
+	@exec .venv/bin/python tools/readme.py
 
 lock: ## renew requirements.lock and environment.yml from pyproject.toml (needs uv)
 	@command -v uv >/dev/null || { echo "make lock needs uv on the PATH (pip install uv)" >&2; exit 1; }

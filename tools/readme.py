@@ -1,0 +1,59 @@
+"""Write the results table of README.md from the tables in reports/: `make readme` runs it, a test holds the two together."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN = "<!-- results: written by `make readme` from the tables in reports/ -->\n"
+END = "<!-- /results -->"
+HEAD = (
+    "| study | teacher | unaided student | distilled, no hints | clustered hints, minus no hints | clustered hints, "
+    "minus stage ends | n |\n|---|---|---|---|---|---|---|\n"
+)
+
+
+def results_table(root: Path = ROOT) -> str:
+    """A Markdown row per study of record: teacher, unaided and kd accuracy, the main clustered arm's differences."""
+    rows = []
+    for folder in sorted((root / "reports").glob("*/tables")):
+        study = folder.parent.name
+        summary = pd.read_csv(folder / "summary.csv").set_index("arm")
+        contrasts = pd.read_csv(folder / "contrasts.csv").set_index(["arm", "control"])
+        common = yaml.safe_load((root / "params" / f"{study}.yaml").read_text(encoding="utf-8"))["common"]
+        teacher = pd.read_json(folder / "teacher.json", typ="series")
+        main = next(arm for arm in contrasts.index.get_level_values("arm"))
+        cells = [
+            f"[`{study}`](reports/{study}/)",
+            f"{common['teacher']}: {teacher['test_accuracy']:.1%}",
+            f"{common['student']}: {_mean(summary.loc['unaided'])}",
+            _mean(summary.loc["kd"]),
+            f"{main}: {_difference(contrasts.loc[main, 'kd'])}",
+            _difference(contrasts.loc[main, "stage_ends"]),
+            str(summary.loc["kd", "n"]),
+        ]
+        rows.append("| " + " | ".join(cells) + " |\n")
+    return HEAD + "".join(rows)
+
+
+def _mean(row: pd.Series) -> str:
+    return f"{row['test_mean']:.1%} ({100 * row['test_low']:.1f} to {100 * row['test_high']:.1f})"
+
+
+def _difference(row: pd.Series) -> str:
+    interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+    return f"{100 * row['mean']:+.1f} ({interval}; {row['word']})"
+
+
+def main() -> None:
+    """Put the table between the two marks in README.md."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    readme.write_text(before + BEGIN + results_table() + rest[rest.index(END) :], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
