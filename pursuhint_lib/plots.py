@@ -15,14 +15,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from pursuhint_lib.storage import written_whole
 
 if TYPE_CHECKING:  # notebook 03 draws tables only and need not wait for torch
     from torch import Tensor
 
-# Okabe and Ito's palette: told apart by readers with any color vision.
-COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+# Okabe and Ito's palette, its yellow (too faint for a line) replaced: told apart by readers with any color vision.
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A5195", "#000000"]
 QUIET = "#8a8f98"
 TEACHER, UNAIDED, REFERENCE = "#000000", "#8a8f98", "#D55E00"
 
@@ -107,6 +108,7 @@ def curves(ax: Axes, history: pd.DataFrame, column: str, label: str, *, percent:
         ax.plot(mean.index, mean, color=color, ls=dash, label=arm, lw=1.5)
         if rows["seed"].nunique() > 1:
             ax.fill_between(mean.index, by_epoch.min() * scale, by_epoch.max() * scale, color=color, alpha=0.1, lw=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(
         xlabel="epoch",
         ylabel=label,
@@ -157,7 +159,8 @@ def similarity_map(
     step = max(1, -(-rows // 9))
     ax.set_xticks(range(0, columns, max(1, -(-columns // 9))), range(1, columns + 1, max(1, -(-columns // 9))))
     ax.set_yticks(range(0, rows, step), range(1, rows + 1, step))
-    ax.tick_params(axis="y", pad=2 + (14 if labels is not None else 0))
+    if labels is not None:  # the bar of clusters stands where the ticks would be
+        ax.tick_params(axis="y", length=0, pad=22)
     ax.set(title=title, xlabel="layer, by depth", ylabel="layer, by depth")
     ax.spines[:].set_visible(False)
 

@@ -1,4 +1,4 @@
-"""Write the results table of README.md from the tables in reports/: `make readme` runs it, a test holds the two together."""
+"""Write the results table of README.md from reports/: `make readme` runs it, a test holds the two together."""
 
 import sys
 from pathlib import Path

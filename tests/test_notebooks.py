@@ -1,0 +1,192 @@
+"""The five notebooks: how they are written, and the whole smoke study by the driver that `make reproduce` calls."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from pursuhint_lib.params import STAGES, load_params
+from pursuhint_lib.storage import REPOSITORY
+
+NOTEBOOKS = {stage: nbformat.read(REPOSITORY / "notebooks" / f"{stage}.ipynb", as_version=4) for stage in STAGES}
+each_notebook = pytest.mark.parametrize("stage", STAGES)
+
+
+def code(stage):
+    return [cell for cell in NOTEBOOKS[stage].cells if cell.cell_type == "code"]
+
+
+def parameters_cell(stage):
+    (cell,) = [cell for cell in NOTEBOOKS[stage].cells if "parameters" in cell.metadata.get("tags", [])]
+    return {
+        statement.target.id: ast.literal_eval(statement.value)
+        for statement in ast.parse(cell.source).body
+        if isinstance(statement, ast.AnnAssign)
+    }
+
+
+@each_notebook
+def test_opens_with_a_title_and_a_question_and_ends_with_an_answer_from_the_run_and_an_invitation(stage):
+    cells = NOTEBOOKS[stage].cells
+    assert re.match(rf"# {stage[:2]} · .+\n\n> \*\*.+\?\*\*", cells[0].source)
+    assert cells[-1].cell_type == "markdown" and "**Try it:**" in cells[-1].source
+    assert cells[-2].cell_type == "code" and "Markdown(" in cells[-2].source and cells[-3].source == "## Takeaway"
+
+
+@each_notebook
+def test_logic_lives_in_the_library(stage):
+    for cell in code(stage):
+        tree = ast.parse(cell.source)
+        kinds = {type(node) for node in ast.walk(tree)}
+        assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.Lambda} or "train_and_keep" in cell.source
+        assert not re.search(r"^[!%]|sys\.path|filterwarnings|import \*", cell.source, re.MULTILINE)
+    lengths = sorted(len(cell.source.splitlines()) for cell in code(stage)[3:])
+    assert lengths[len(lengths) // 2] <= 13 and lengths[-1] <= 30
+
+
+@each_notebook
+def test_no_result_is_typed_into_the_text(stage):
+    for cell in NOTEBOOKS[stage].cells:
+        if cell.cell_type == "markdown":
+            text = re.sub(
+                r"`[^`]*`|\(.*?\.ipynb\)|^# \d\d ·|\[\d\d ·|[Nn]otebooks? \d\d|\(0\d\)",
+                "",
+                cell.source,
+                flags=re.MULTILINE,
+            )
+            assert not re.search(r"\d", text), text
+
+
+@each_notebook
+def test_the_parameters_cell_declares_what_the_model_does_with_the_values_of_the_smoke_study(stage):
+    smoke = load_params(REPOSITORY / "params" / "smoke.yaml")[stage].model_dump()
+    assert parameters_cell(stage) == smoke == STAGES[stage]().model_dump()
+
+
+def test_the_smoke_study_uses_every_section():
+    assert len(yaml.safe_load((REPOSITORY / "params" / "smoke.yaml").read_text())) == 5
+
+
+def reproduce(home, *options):
+    """Start the smoke study below `home`, as a process group of its own."""
+    environment = os.environ | {"PURSUHINT_HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "pursuhint_lib.pipeline", "reproduce", "smoke", *options]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finished(process):
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The smoke study, run once: its home and what the driver said."""
+    home = tmp_path_factory.mktemp("home")
+    return home, finished(reproduce(home))
+
+
+def results(home):
+    """Bytes of all tables and networks of a study, but for timings and what only tells of runs."""
+    runs = home / "runs" / "smoke"
+    files = [*runs.glob("*/*.csv"), *runs.glob("*/*.json"), *runs.glob("*/networks/*")]
+    volatile = ("timings.csv", "record.json", "progress.json")
+    return {str(f.relative_to(runs)): f.read_bytes() for f in files if f.name not in volatile}
+
+
+def test_the_study_ends_with_a_report_executed_notebooks_and_complete_tables(study):
+    home, said = study
+    reports = home / "reports" / "smoke"
+    assert "done in" in said and "first run" in said and "#/experiments/" in said
+    page = (reports / "report.html").read_text()
+    assert "at_clustered_r2_cca" in page and not re.search(r'(src|href)="https?://', page)
+    for stage in STAGES:
+        notebook = nbformat.read(reports / "notebooks" / f"{stage}.ipynb", as_version=4)
+        executed = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert all(cell.execution_count for cell in executed)
+        assert not [
+            o for cell in executed for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"
+        ]
+        answer = executed[-1].outputs[0]["data"]["text/markdown"]
+        assert answer.startswith("**") and "nan" not in answer
+    summary = pd.read_csv(reports / "tables" / "summary.csv")
+    assert {"unaided", "kd", "at_stage_ends", "at_uniform", "at_random_0", "at_clustered_r2_cca"} <= set(summary["arm"])
+    assert (summary["n"] == 2).all() and summary[["val_mean", "test_mean", "gap_closed"]].notna().all(axis=None)
+    for figure in ("similarity", "clusters", "strategies", "accuracy", "differences", "student_similarity"):
+        assert (reports / "figures" / f"{figure}.png").stat().st_size > 5000
+
+
+def test_every_notebook_and_every_trained_network_is_a_finished_run_in_mlflow(study, monkeypatch):
+    home, _ = study
+    monkeypatch.setenv("PURSUHINT_HOME", str(home))
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiment = client.get_experiment_by_name("pursuhint-smoke")
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    notebooks = {run.data.tags["stage"]: run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags}
+    assert set(notebooks) == set(STAGES)
+    (student,) = [run for run in runs if run.info.run_name == "04 at_uniform s1"]
+    assert student.data.tags["mlflow.parentRunId"] == notebooks["04_distill_students"]
+    assert len(client.get_metric_history(student.info.run_id, "train/hint")) == 2
+    table = pd.read_csv(home / "reports" / "smoke" / "tables" / "provenance.csv").fillna("")
+    listed = dict(zip(table["network"], table["run_id"]))
+    assert listed["at_uniform-s1"] == student.info.run_id
+    accuracy = pd.read_csv(home / "reports" / "smoke" / "tables" / "results.csv").set_index(["arm", "seed"])
+    assert student.data.metrics["final/val_acc1"] == accuracy.loc[("at_uniform", 1), "val_accuracy"]
+
+
+def test_a_second_run_does_nothing_and_a_deleted_report_is_made_again_from_the_tables(study):
+    home, _ = study
+    records = {path: path.stat().st_mtime_ns for path in home.glob("runs/smoke/*/record.json")}
+    page = home / "reports" / "smoke" / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    said = finished(reproduce(home))
+    assert "nothing to do" in said and page.read_bytes() == before
+    assert records == {path: path.stat().st_mtime_ns for path in home.glob("runs/smoke/*/record.json")}
+
+
+def test_killed_in_04_it_goes_on_where_it_was_and_ends_with_the_same_bytes(study, tmp_path):
+    home, _ = study
+    shutil.copytree(home, tmp_path / "home")
+    home = tmp_path / "home"
+    expected = results(home)
+    for stage in ("04_distill_students", "05_evaluate"):
+        shutil.rmtree(home / "runs" / "smoke" / stage)
+    process = reproduce(home)
+    networks = home / "runs" / "smoke" / "04_distill_students" / "networks"
+    while not list(networks.glob("kd-s0.safetensors")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in networks.glob("*.safetensors")}
+    assert 0 < len(kept) < 8
+    said = finished(reproduce(home))
+    assert "killed during 04_distill_students" in said
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert results(home) == expected
+
+
+def test_forced_it_runs_again_and_says_that_it_is_the_same(study):
+    home, _ = study
+    expected = results(home)
+    said = finished(reproduce(home, "--force"))
+    assert "reproduced exactly" in said and results(home) == expected
+    verdict = json.loads((home / "runs" / "smoke" / "verdict.json").read_text())
+    assert "exactly" in verdict["text"]

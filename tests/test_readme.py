@@ -1,0 +1,50 @@
+"""What README says can be done can be done, and its numbers are those of the reports."""
+
+import re
+import subprocess
+import sys
+
+import torch
+
+from pursuhint_lib.data import Batch
+from pursuhint_lib.models import build_model, state_hash
+from pursuhint_lib.storage import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "tools"))
+import readme as readme_tool
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_first_minute_gives_hint_points_and_leaves_the_model_as_it_was():
+    (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    model = build_model("resnet20", 10)
+    batches = [Batch(torch.randn(40, 3, 16, 16), torch.zeros(40), torch.arange(40)) for _ in range(3)]
+    before, was_training = state_hash(model), model.training
+    names = {"model": model, "batches": batches}
+    exec(lines, names)
+    assert len(names["hints"].hint_points_) == 3 and set(names["hints"].hint_points_) <= set(
+        dict(model.named_modules())
+    )
+    assert state_hash(model) == before and model.training == was_training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_every_make_target_that_is_named_exists():
+    known = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    for target in set(re.findall(r"make ([a-z]+)", README)) - {"a"}:
+        assert re.search(rf"^  make {target} ", known, re.MULTILINE), target
+
+
+def test_files_and_studies_that_are_named_exist():
+    for name in re.findall(r"`(\d\d_[a-z_]+)`", README):
+        assert (REPOSITORY / "notebooks" / f"{name}.ipynb").exists()
+    for study in re.findall(r"STUDY=(\w+)", README):
+        assert study == "name" or (REPOSITORY / "params" / f"{study}.yaml").exists()
+
+
+def test_the_table_of_results_is_that_of_the_reports():
+    assert readme_tool.BEGIN + readme_tool.results_table() + readme_tool.END in README, "run make readme"
+    rows = readme_tool.results_table().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == ["cifar100_quick", "digits"]
