@@ -163,7 +163,7 @@ class Distillation:
                 self.batches(seed),
                 self.schedule,
                 teacher=self.teacher,
-                validation=fixed_batches(self.params, self.images, self.images.validation, self.device),
+                validation=fixed_batches(self.params, self.images, "validation", self.device),
                 progress=progress,
                 dtype=self.dtype,
                 workers=self.params.workers,
@@ -191,6 +191,16 @@ def _code_hash() -> str:
 def kept_file(folder: Path, name: str, seed: int) -> Path:
     """Where `train_and_keep` leaves a finished network: ``<folder>/networks/<name>-s<seed>.safetensors``."""
     return Path(folder) / "networks" / f"{name}-s{seed}.safetensors"
+
+
+def check_trained(history: pd.DataFrame, parameter: str) -> None:
+    """Raise ValueError, one line, when a network of this history failed; `parameter` is the learning rate to lower."""
+    failed = history[history["status"] == "failed"]
+    for row in failed.itertuples():
+        raise ValueError(
+            f"{row.arm} seed {row.seed}: the loss was no longer finite in epoch {row.epoch}; lower {parameter}, delete its "
+            "file below networks/ and run again"
+        )
 
 
 def load_teacher(study: str) -> nn.Module:

@@ -537,6 +537,8 @@ class Batches:
     flip: mirror each image left to right with probability 1/2.
     noise: standard deviation, on the [0, 1] scale, of Gaussian noise on every pixel, added before the normalization.
         The sum is not clipped to [0, 1]: clipping would make the noise depend on the image.
+    stream: a name that goes into every draw. Sets that are to be independent (training, validation, test) carry different
+        names: under one name and seed they would be given the same noise, image for image.
     shuffle: random order, for training. A last batch of a single image is then dropped, because batch normalization
         cannot train on one image; every other image is used once per pass.
 
@@ -555,6 +557,7 @@ class Batches:
         noise: float = 0.0,
         shuffle: bool = False,
         seed: int = 0,
+        stream: str = "",
         device: str | torch.device = "cpu",
     ) -> None:
         n, channels, height, width = image_set.images.shape
@@ -579,6 +582,7 @@ class Batches:
         self.noise = noise
         self.shuffle = shuffle
         self.seed = seed
+        self.stream = stream
         self.device = torch.device(device)
 
         pixels = image_set.images.to(self.device).permute(0, 2, 3, 1)  # (N, H, W, C): channels_last comes for free
@@ -654,7 +658,9 @@ class Batches:
         SeedSequence is made for this: neighboring seeds and epochs give unrelated streams, which seed + epoch does not
         (there, epoch 1 of seed 0 would be epoch 0 of seed 1).
         """
-        return torch.Generator(device).manual_seed(int(_entropy(purpose, self.seed, epoch).generate_state(1)[0]))
+        return torch.Generator(device).manual_seed(
+            int(_entropy(self.stream + purpose, self.seed, epoch).generate_state(1)[0])
+        )
 
 
 def _entropy(purpose: str, *numbers: int) -> np.random.SeedSequence:

@@ -80,7 +80,7 @@ class Images(Study):
 class Hardware(Study):
     """Where it runs."""
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: Count = 2  # CPU threads; results are bit-identical only for an equal number
     precision: Literal["auto", "float32", "bfloat16"] = (
         "float32"  # of the networks' arithmetic; losses are float32 always
@@ -123,7 +123,7 @@ class ProfileLayers(Networks, Hardware, Images):
     before_activation: bool = False  # take block outputs before their last activation
     probe_images: Annotated[int, _NUMBER, Field(ge=8)] = 200
     similarity_metrics: Names = ["r2_cca", "linear_cka", "rbf_cka"]
-    resamples: CountOrNone = 4  # bootstrap resamples of the probe images
+    resamples: CountOrNone = 4  # random halves of the probe images
 
 
 class ClusterLayers(Networks):
@@ -140,7 +140,9 @@ class DistillStudents(StudentTraining, Networks, Hardware, Images):
     """04: a student for every method, strategy and seed."""
 
     methods: Names = ["at"]
-    workers: Count = 1  # arms that take their step at the same time, on a CPU; they share the threads
+    workers: Count = (
+        1  # arms that take their step at the same time, on a CPU; each has threads // workers threads, at least 1
+    )
     ce_weight: Weight = 1.0
     kd_weight: Weight = 1.0
     temperature: Positive = 4.0

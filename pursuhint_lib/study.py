@@ -71,22 +71,33 @@ def training_batches(params: Images, images: StudyImages, batch_size: int, seed:
         noise=params.noise,
         shuffle=True,
         seed=seed,
+        stream="train",
         device=device,
     )
 
 
-def fixed_batches(
-    params: Images, images: StudyImages, which: ImageSet, device: torch.device, batch_size: int = 250
-) -> Batches:
-    """Batches of `which` in its own order, not augmented, with noise (if the study has any) that never changes."""
-    return Batches(
-        which, batch_size, mean=images.mean, std=images.std, noise=params.noise, seed=params.split_seed, device=device
-    )
+def fixed_batches(params: Images, images: StudyImages, which: str, device: torch.device) -> Batches:
+    """Batches of `which` ("validation" or "test") in their own order, not augmented, with noise that never changes."""
+    return _fixed(params, images, getattr(images, which), which, device)
 
 
 def probe_batches(params: Images, images: StudyImages, size: int, device: torch.device) -> Batches:
     """The images that layers are compared on: a seeded, class-balanced subset of the training images, not augmented."""
-    return fixed_batches(params, images, balanced_subset(images.train, size, params.split_seed), device)
+    return _fixed(params, images, balanced_subset(images.train, size, params.split_seed), "probe", device)
+
+
+def _fixed(params: Images, images: StudyImages, which: ImageSet, stream: str, device: torch.device) -> Batches:
+    # One batch size for all: noise is drawn batch by batch.
+    return Batches(
+        which,
+        250,
+        mean=images.mean,
+        std=images.std,
+        noise=params.noise,
+        seed=params.split_seed,
+        stream=stream,
+        device=device,
+    )
 
 
 def fresh_network(name: str, images: StudyImages, seed: int) -> nn.Module:

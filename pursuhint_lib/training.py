@@ -60,8 +60,6 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(
             f"device = {name!r}: this machine offers {torch.cuda.device_count()} GPUs (allowed here: auto, cpu)"
         )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device = 'mps': not available on this machine (allowed here: auto, cpu)")
     return device
 
 
@@ -118,7 +116,7 @@ def fit(
     epoch. A learner whose loss is not finite is stopped after that epoch, marked failed, and the others go on.
     Dropout masks and the like depend on (seed, step) alone; the global random generator is put back at the end.
     workers: on a CPU, so many learners take their step at the same time, each in a thread of its own, while the teacher
-    looks at the next batch. It changes no bit, and pays for networks too small to keep several cores busy by themselves.
+    looks at the next batch. It changes no bit, and pays for networks too small to keep several cores busy alone.
     Learners that draw random numbers as they train (dropout) take turns, because they share one generator.
 
     Raises ValueError for a damaged checkpoint or one of other learners.
@@ -138,6 +136,8 @@ def fit(
         for epoch in range(state["epoch"], schedule.epochs):
             started = time.perf_counter()
             active = {name: learner for name, learner in learners.items() if name not in state["failed"]}
+            if not active:
+                break
             sums: dict[str, dict[str, Tensor]] = {name: {} for name in active}
             seen = 0
             for learner in active.values():
@@ -183,11 +183,13 @@ class _Workers:
     """Does the same thing for every learner: in threads, or one after the other where that must be.
 
     torch computes without holding the interpreter, so threads overlap. What a learner computes does not depend on them;
-    the one thing that learners share is the random generator, so a first round in turn finds out whether any draws from it.
+    the one thing that learners share is the random generator, so a first round in turn finds out whether any uses it.
     """
 
     def __init__(self, workers: int):
-        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
+        # A new thread takes the number of threads that torch computes with only after its first operation, if not told.
+        tell = functools.partial(torch.set_num_threads, torch.get_num_threads())
+        self._pool = ThreadPoolExecutor(workers, initializer=tell) if workers > 1 else None
         self._rounds = 0
         self._in_turn = workers == 1
 
@@ -254,8 +256,6 @@ def _seed_dropout(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
 
 
 def _optimizer(learner: Learner, schedule: Schedule) -> torch.optim.SGD:

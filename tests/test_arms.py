@@ -208,7 +208,7 @@ def test_the_unaided_student_of_a_seed_sees_the_same_batches_as_the_distilled_on
         lambda _: Supervised(fresh_network(PARAMS.student, images, 1)),
         ours,
         Schedule("fast", 1, 0.1),
-        validation=fixed_batches(PARAMS, images, images.validation, CPU),
+        validation=fixed_batches(PARAMS, images, "validation", CPU),
         progress=Progress(tmp_path, 1, "test"),
     )
     assert history["arm"].tolist() == ["unaided"] and kept_file(tmp_path, "unaided", 1).exists()
@@ -219,3 +219,9 @@ def test_an_arm_that_is_the_same_as_another_has_its_rows_under_its_own_name(dist
     rows = student_table_rows(distillation.train(arms, tmp_path), arms).set_index(["arm", "seed"])
     assert rows.loc[("at_twin", 1), "val_accuracy"] == rows.loc[("at_first", 1), "val_accuracy"]
     assert rows.loc[("at_twin", 1), "same_as"] == "at_first" and len(rows) == 8
+
+
+def test_a_network_that_diverged_is_one_line_with_what_to_change():
+    history = pd.DataFrame([{"arm": "teacher", "seed": 0, "epoch": 3, "status": "failed"}])
+    with pytest.raises(ValueError, match="teacher seed 0: .* epoch 3; lower teacher_learning_rate"):
+        arms_module.check_trained(history, "teacher_learning_rate")

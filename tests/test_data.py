@@ -640,3 +640,10 @@ def test_a_folder_larger_than_the_memory_is_refused_before_decoding(tmp_path, de
     with pytest.raises(ValueError) as error:
         load_images("image_folder", folder, image_size=10_000_000)
     assert "GiB" in message_of(error) and "n_classes" in message_of(error) and not decoded
+
+
+def test_sets_under_different_streams_are_given_different_noise():
+    images = random_set(20, channels=1, width=6)
+    options = {"mean": [0.5], "std": [0.25], "noise": 0.5, "seed": 3}
+    one, again, other = (next(iter(Batches(images, 20, **options, stream=s))).images for s in ("test", "test", "probe"))
+    assert torch.equal(one, again) and not torch.allclose(one, other)

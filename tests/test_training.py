@@ -216,3 +216,13 @@ def test_a_missing_device_is_named():
         with pytest.raises(ValueError, match="'cuda': this machine offers 0 GPUs"):
             resolve_device("cuda")
     assert resolve_precision("float32", torch.device("cpu")) is torch.float32
+
+
+def test_when_every_arm_has_failed_training_ends_and_stays_ended(tmp_path):
+    learners = arms(names=("kd",))
+    nn.init.constant_(learners["kd"].model.head.weight, math.nan)
+    told = []
+    options = {"checkpoint": tmp_path / "a.ckpt", "on_epoch": lambda epoch, rows: told.append(epoch)}
+    history, _ = run(learners, **options)
+    again, _ = run(arms(names=("kd",)), **options)
+    assert told == [1] and history["status"].tolist() == again["status"].tolist() == ["failed"]
