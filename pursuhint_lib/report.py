@@ -266,11 +266,14 @@ def _setting(facts: Facts) -> dict[str, Any]:
     students = facts.baselines[facts.baselines["model"] != "teacher"]
     unaided, aided = facts.histories.values()
     teachers = unaided["arm"] == "teacher"
+    repeats = facts.images.get("evaluation_repeats", 1)  # validation and test count each image so many times
+    sizes = {name: about["images"] for name, about in facts.images["sets"].items()}
     return {
         "data": facts.images.get("data", "not recorded"),
         "shape": facts.images["shape"],
         "classes": facts.images["classes"],
-        "sets": {name: about["images"] for name, about in facts.images["sets"].items()},
+        "sets": {name: size if name == "train" else size // repeats for name, size in sizes.items()},
+        "repeats": repeats,
         "student": None if students.empty else students.iloc[0],
         "teacher_epochs": unaided.loc[teachers, "epoch"].nunique(),
         "student_epochs": sorted({rows["epoch"].nunique() for rows in (unaided[~teachers], aided)} - {0}),
