@@ -150,7 +150,7 @@ class Execution:
         try:
             with (
                 tempfile.TemporaryDirectory(prefix="pursuhint-") as private,
-                _environ(self.environment | _private(private)),
+                _environ(_plot_folder() | self.environment | _private(private)),
             ):
                 try:
                     self._papermill()
@@ -215,16 +215,47 @@ def _private(folder: str) -> dict[str, str]:
     }
 
 
+def _plot_folder() -> dict[str, str]:
+    """matplotlib's folder, only where its own in the user's home cannot be written.
+
+    There it would write two lines with this machine's paths into the notebook. It is one folder for all studies: it
+    holds the font cache, which takes a second or more to make, so once here instead of for every notebook in a private
+    folder, and not at all for a user who has a home.
+    """
+    if os.environ.get("MPLCONFIGDIR"):
+        return {}
+    user = os.path.expanduser("~")  # stays "~" when nobody knows
+    for base, name in (("XDG_CONFIG_HOME", ".config"), ("XDG_CACHE_HOME", ".cache")):
+        if not _made_and_writable(Path(os.environ.get(base) or Path(user, name)) / "matplotlib"):
+            return {"MPLCONFIGDIR": str(home() / "runs" / ".matplotlib")}
+    return {}
+
+
+def _made_and_writable(folder: Path) -> bool:
+    """What matplotlib does and asks when it is imported."""
+    if not folder.is_absolute():
+        return False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
 @contextlib.contextmanager
 def _environ(changes: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
+    """Change the environment and put it back, key by key: the first thread reads it at the same time."""
+    before = {name: os.environ.get(name) for name in [*changes, "MPLBACKEND"]}
     os.environ.update(changes)
     os.environ.pop("MPLBACKEND", None)  # figures belong in the notebook
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _literal(path: Path) -> str:
@@ -247,7 +278,8 @@ def publish(notebook: Any, folder: Path, target: Path) -> None:
         "output_path": f"reports/{target.parent.parent.name}/notebooks/{target.name}",
     }
     text = nbformat.writes(notebook)
-    for place in sorted({str(REPOSITORY), str(home()), sys.prefix, str(Path.home())}, key=len, reverse=True):
+    user = os.path.expanduser("~")  # Path.home() raises where nobody knows
+    for place in sorted({str(REPOSITORY), str(home()), sys.prefix, user}, key=len, reverse=True):
         if len(place) > 1:
             text = text.replace(json.dumps(place)[1:-1] + "/", "")
     with written_whole(folder / records.EXECUTED) as temporary:

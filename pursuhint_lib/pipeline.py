@@ -340,11 +340,21 @@ class Driver:
             self.live.say(f"the folder has moved: MLflow's artifacts were at {old}, their addresses were replaced")
         tracking.open_experiment(self.study)
         tracking.sweep_dead_runs(self.study)
+        self._log_left_over()
         if self.status.get("state") not in _UNFINISHED:
             self._keep_previous()
         self._save_status(state="running", stage="", progress="", to_redo=to_redo)
         importlib.import_module("papermill")
         self.prepared = True
+
+    def _log_left_over(self) -> None:
+        """Log what the tracker did not take when these stages were done."""
+        for stage in self.sources.stages:
+            folder, _ = folders(self.study, stage.name)
+            record = self.records.get(stage.name) or records.read_record(folder)
+            if record is not None and "runs" in record and (folder / SPOOL).exists():
+                record["runs"] = self._log_files(record["runs"]["notebook"], stage)
+                save_json(record, folder / records.RECORD)
 
     def _keep_previous(self) -> None:
         """Set aside what the verdict will compare with: the last whole run here, else the published one."""
@@ -416,6 +426,7 @@ class Driver:
             self.spent[stage.name] = self.spent.get(stage.name, 0.0) + time.time() - started
             with contextlib.suppress(Exception):
                 tracking.ingest(spool, tracking.StageRun(self.study, stage.name, run_id))
+            with contextlib.suppress(Exception):
                 tracking.finish_run(run_id, "KILLED" if isinstance(error, Stopped) else "FAILED")
             raise
         seconds = time.time() - started + self.spent.pop(stage.name, 0.0)
@@ -448,7 +459,7 @@ class Driver:
             shutil.rmtree(folder)
             folder.mkdir()
             return
-        for name in ("progress.json", records.FAILED, records.RUNNING):
+        for name in ("progress.json", records.FAILED, records.RUNNING, SPOOL):  # the notebook spools everything again
             (folder / name).unlink(missing_ok=True)
         for partial in folder.rglob(".*.partial*"):  # of a killed writer
             partial.unlink(missing_ok=True)
@@ -502,7 +513,10 @@ class Driver:
             )
 
     def _log_files(self, run_id: str, stage: Stage) -> dict[str, Any]:
-        """Close the run, with the stage's files. Returns its and its models' ids. A failing tracker costs no result."""
+        """Close the run, with the stage's files. Returns its and its models' ids.
+
+        A failing tracker costs no result: it is a warning, and the next run that opens it logs what is left.
+        """
         tracking = _tracking()
         folder, reports = folders(self.study, stage.name)
         try:

@@ -10,12 +10,15 @@ kill, so `pipeline` creates the run of a notebook, hands it down (``MLFLOW_RUN_I
 there is no driver: then `stage_run` creates the run and closes it. Runs carry host, process and its start;
 `sweep_dead_runs` closes those whose process is gone.
 
-When metrics are written. A trained model's curve is logged in one go when its arm ends, with the real time of each
-epoch: one transaction instead of hundreds of slow calls, and an interrupted training that goes on from its checkpoint
-cannot leave doubled points (MLflow keeps both points of a step that is logged twice). `StageRun.log_trained_model`
-may be called again with the same model: it finds the run by its key and attaches it to the present notebook run.
+When metrics are written. Under a driver a notebook only spools: its models when all its arms are trained, and the
+driver logs the spool when the notebook has ended. In JupyterLab the same calls log at once. Either way a model's whole
+curve is logged in one go, with the real time of each epoch: a few transactions instead of hundreds of slow calls, and
+an interrupted training that goes on from its checkpoint cannot leave doubled points (MLflow keeps both points of a step
+that is logged twice). `StageRun.log_trained_model` may be called again with the same model: it finds the run by its key
+and attaches it to the present notebook run.
 
-A tracker that fails must not cost a training: what notebooks call warns in one line and goes on.
+A tracker that fails must not cost a training: what notebooks call warns in one line and goes on, and what `ingest`
+cannot log stays in the spool for the driver's next run.
 """
 
 import argparse
@@ -35,14 +38,14 @@ import time
 import urllib.parse
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from pursuhint_lib.provenance import hardware, source_state, versions
-from pursuhint_lib.storage import home, run_folder, save_table
+from pursuhint_lib.storage import home, run_folder, save_table, written_whole
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -329,11 +332,15 @@ def _link(experiment_id: str, metric: str, stage: str, base: str = "http://127.0
 
 @dataclass(frozen=True)
 class StageRun:
-    """The run of the notebook that is being executed. Its methods warn and go on when the tracker fails."""
+    """The run of a notebook. When the tracker fails its methods warn and go on, or raise TrackingError if `strict`."""
 
     study: str
     stage: str
     run_id: str
+    strict: bool = False
+
+    def _logging(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return _one_line_errors(f"{what} was not logged") if self.strict else _goes_on(what)
 
     def log_trained_model(
         self,
@@ -345,7 +352,7 @@ class StageRun:
         key: str = "",
         tags: Mapping[str, Any] | None = None,
     ) -> str | None:
-        """Log one trained model as a finished child run, whole. Returns its run id, None when the tracker failed.
+        """Log one trained model as a finished child run, whole. Returns its run id, None after a warning.
 
         history: one row per epoch, at least the column epoch; learning_rate, val_accuracy, val_loss and the loss
         terms become metrics, `finished` (UNIX time of an epoch's end) and `seconds` become their times. Rows of other
@@ -354,7 +361,7 @@ class StageRun:
         not current. Call it for models kept from an earlier run too: they move below the present run, others are
         retired at its end.
         """
-        with _goes_on(f"{arm} seed {seed}"):
+        with self._logging(f"{arm} seed {seed}"):
             return self._log_trained_model(arm, int(seed), _rows_of(history, arm, seed), params, key, tags or {})
         return None
 
@@ -392,13 +399,13 @@ class StageRun:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log numbers of the notebook itself, in one call."""
-        with _goes_on("metrics"):
+        with self._logging("metrics"):
             now = time.time()
             _log_metrics(self.run_id, [(name, float(value), now, step) for name, value in metrics.items()])
 
     def log_dataset(self, name: str, digest: str, context: str) -> None:
         """Say which images were used, and as what (training, test). The digest is cut: MLflow allows 36 characters."""
-        with _goes_on(f"data set {name}"):
+        with self._logging(f"data set {name}"):
             client = _client()
             from mlflow.data.code_dataset_source import CodeDatasetSource
             from mlflow.data.meta_dataset import MetaDataset
@@ -413,7 +420,8 @@ class SpooledRun:
     """A notebook's run when a driver logs for it: the calls of `StageRun`, written to a file, a JSON line each.
 
     So a notebook need not import MLflow (seconds), can run where there is none, and loses nothing when a store is
-    slow or away; the driver `ingest`s the file when the notebook has ended, well or not.
+    slow or away; the driver `ingest`s the file when the notebook has ended, well or not. A notebook that is run again
+    spools everything again, models it kept from before included.
     """
 
     def __init__(self, study: str, stage: str, run_id: str, spool: Path):
@@ -443,22 +451,58 @@ class SpooledRun:
         self._write("log_dataset", name=name, digest=digest, context=context)
 
     def _write(self, call: str, **arguments: Any) -> None:
-        with open(self._spool, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"call": call, "arguments": arguments}, default=float) + "\n")
+        line = json.dumps({"call": call, "arguments": arguments}, default=float) + "\n"
+        with open(self._spool, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # of a writer that was killed: its torn line must not swallow this one
+                    line = "\n" + line
+            file.write(line.encode())
 
 
 def ingest(spool: Path, run: StageRun) -> None:
-    """Log what a notebook spooled, and remove the spool. Calls are idempotent, so a spool may be ingested again."""
+    """Log what a notebook spooled, and remove the spool; torn lines of a killed notebook are left out.
+
+    Raises TrackingError when something could not be logged: the spool then holds just that, for another try. The second
+    failure in a row ends a try, so that a store that is away is not waited for at every line. Models and data sets that
+    are logged again are found again; metrics of the notebook itself are logged a second time, which happens only when
+    the process is killed in here, or a call fails that was half done.
+    """
     if not spool.exists():
         return
-    for line in spool.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a notebook that was killed while writing it
-            entry = json.loads(line)
-            arguments = entry["arguments"]
-            if "history" in arguments:
-                arguments["history"] = pd.DataFrame(arguments["history"])
-            getattr(run, entry["call"])(**arguments)
-    spool.unlink()
+    run = replace(run, strict=True)
+    with _one_line_errors(f"{spool} cannot be read"):
+        lines = spool.read_text(encoding="utf-8", errors="replace").splitlines()
+    left: list[str] = []
+    error, in_a_row = None, 0
+    for number, line in enumerate(lines):
+        try:
+            _log_line(line, run)
+            in_a_row = 0
+        except TrackingError as failure:
+            left.append(line)
+            error, in_a_row = failure, in_a_row + 1
+            if in_a_row == 2:
+                left += lines[number + 1 :]
+                break
+    if error is not None:
+        with contextlib.suppress(OSError), written_whole(spool) as temporary:  # else the older spool stays, whole
+            temporary.write_text("".join(line + "\n" for line in left), encoding="utf-8")
+        raise TrackingError(f"{error}; what is not logged is kept in {spool}") from error
+    with _one_line_errors(f"{spool} cannot be removed"):
+        spool.unlink()
+
+
+def _log_line(line: str, run: StageRun) -> None:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return
+    with _one_line_errors(f"a line for {run.stage} was not logged"):
+        arguments = entry["arguments"]
+        if "history" in arguments:
+            arguments["history"] = pd.DataFrame(arguments["history"])
+        getattr(run, entry["call"])(**arguments)
 
 
 _LAB_RUNS: dict[tuple[str, str], tuple[str, dict]] = {}  # of this process: cells of one notebook share one run

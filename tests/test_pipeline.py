@@ -15,10 +15,10 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from pursuhint_lib import records, tracking
+from pursuhint_lib import execution, records, tracking
 from pursuhint_lib.live import study_seconds_left
 from pursuhint_lib.params import ParameterError
-from pursuhint_lib.pipeline import Sources, Stage, main
+from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, main
 from pursuhint_lib.progress import Progress, duration
 from pursuhint_lib.storage import REPOSITORY
 from pursuhint_lib.verdict import compare_results, judge
@@ -455,6 +455,41 @@ def test_a_tracker_that_fails_during_the_study_is_told_as_a_failure(toy, capsys,
     assert toy.status()["state"] == "failed"
 
 
+def test_what_the_tracker_did_not_take_is_one_warning_and_is_logged_by_the_next_run(toy, capsys, monkeypatch):
+    line = json.dumps({"call": "log_metrics", "arguments": {"metrics": {"breaks": 3.0}}})
+    write_notebook(
+        toy.root / "notebooks/01_make.ipynb",
+        [*MAKE, f"open(os.environ['{tracking.SPOOL}'], 'w').write({line!r} + '\\n')"],
+    )
+    honest = tracking._log_metrics
+
+    def refuse(*arguments):
+        raise OSError("no room\nsecond line")
+
+    monkeypatch.setattr(tracking, "_log_metrics", refuse)
+    assert toy.run() == 0
+    warnings = [text for text in capsys.readouterr().out.splitlines() if "no room" in text]
+    assert warnings == [f"warning: metrics was not logged: no room; what is not logged is kept in {toy.make / SPOOL}"]
+    run_id = records.read_record(toy.make)["runs"]["notebook"]
+
+    monkeypatch.setattr(tracking, "_log_metrics", honest)
+    (toy.judge / "results.csv").unlink()
+    assert toy.run() == 0
+    assert "warning" not in capsys.readouterr().out and not (toy.make / SPOOL).exists()
+    run = tracking._client().get_run(run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"breaks": 3.0})
+    assert toy.mlflow() == ["FINISHED"]  # the notebook itself was not run again
+
+
+def test_a_stage_that_goes_on_forgets_the_spool_of_a_killed_notebook_and_keeps_its_pieces(toy):
+    (toy.make / "parts").mkdir(parents=True)
+    for name in (SPOOL, "parts/p0.txt"):
+        (toy.make / name).write_text("x")
+    driver = Driver("toy", {}, "params/toy.yaml", toy_sources(toy.root), None)
+    driver._clear(STAGES[0], toy.make, toy.root / "reports/toy", None, forced=False)
+    assert [path.name for path in toy.make.rglob("*")] == ["parts", "p0.txt"]
+
+
 def test_numbers_are_compared_with_the_published_ones_when_the_study_was_never_run_here(toy, capsys):
     assert toy.run() == 0
     shutil.rmtree(toy.root / "runs")
@@ -467,6 +502,45 @@ def test_a_lock_file_of_a_dead_driver_does_not_stop_anyone(toy):
     (toy.root / "runs/toy/.lock").write_text("99999999")
     toy.set(**{"01_make": {"fault": "exit"}})
     assert toy.run() == 1 and toy.mlflow() == ["FAILED"]  # it ran
+
+
+# --- The notebook's surroundings
+
+
+def test_the_environment_is_put_back_key_by_key(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("TOY_OLD", "1")
+    monkeypatch.setattr(os.environ, "clear", None)  # the first thread must never see it empty
+    with execution._environ({"TOY_OLD": "2", "TOY_NEW": "3"}):
+        assert os.environ["TOY_OLD"] + os.environ["TOY_NEW"] == "23" and "MPLBACKEND" not in os.environ
+        monkeypatch.setenv("TOY_OTHER", "4")
+    assert [os.environ.get(f"TOY_{name}") for name in ("OLD", "NEW", "OTHER")] == ["1", None, "4"]
+    assert os.environ["MPLBACKEND"] == "Agg"
+
+
+def test_matplotlib_gets_a_folder_where_the_user_has_none(home, monkeypatch):
+    for name in ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    instead = {"MPLCONFIGDIR": str(home / "runs/.matplotlib")}
+    monkeypatch.setenv("HOME", str(home))
+    assert execution._plot_folder() == {}
+    for nowhere in ("/dev/null", "/proc/nobody", "~"):
+        monkeypatch.setenv("HOME", nowhere)
+        assert execution._plot_folder() == instead, nowhere
+    monkeypatch.setenv("MPLCONFIGDIR", "/chosen")
+    assert execution._plot_folder() == {}
+
+
+def test_a_notebook_is_published_where_the_user_has_no_home(home, monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"{home}/runs")])
+    notebook.metadata.papermill = {}
+    target = home / "reports/toy/notebooks/01_make.ipynb"
+    execution.publish(notebook, home / "runs", target)
+    assert str(home) not in target.read_text()
 
 
 # --- Keys

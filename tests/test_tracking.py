@@ -228,6 +228,69 @@ def test_a_failing_tracker_warns_in_one_line_and_does_not_stop_the_training(stor
     assert "\n" not in str(caught[0].message)
 
 
+# --- The spool
+
+
+def spooled(folder):
+    spool = folder / "spool.jsonl"
+    return spool, tracking.SpooledRun("toy", "04_distill_students", "no-such-run", spool)
+
+
+def test_a_torn_line_of_a_killed_notebook_does_not_swallow_the_next(tmp_path):
+    spool, run = spooled(tmp_path)
+    run.log_metrics({"a": 1.0})
+    spool.write_text(spool.read_text() + '{"call": "log_met')
+    run.log_metrics({"b": 2.0})
+    run.log_metrics({"c": 3.0})
+    whole, torn, *rest = spool.read_text().splitlines()
+    assert '"a"' in whole and torn == '{"call": "log_met' and ['"b"' in rest[0], '"c"' in rest[1]] == [True, True]
+
+
+def test_what_the_tracker_refuses_stays_in_the_spool_and_is_logged_by_the_next_try(store, monkeypatch):
+    spool, notebook = spooled(store)
+    run = tracking.StageRun("toy", "04_distill_students", new_run())
+    notebook.log_metrics({"breaks": 3.0})
+    spool.write_text(spool.read_text() + "{torn")
+    for arm in ("good", "bad", "fine"):
+        notebook.log_trained_model(arm=arm, seed=0, history=history(arms=(arm,)), params={}, key="k")
+    honest = tracking.StageRun._log_trained_model
+
+    def refuse(self, arm, *rest):
+        if arm == "bad":
+            raise OSError("no room\nsecond line")
+        return honest(self, arm, *rest)
+
+    monkeypatch.setattr(tracking.StageRun, "_log_trained_model", refuse)
+    with pytest.raises(tracking.TrackingError) as caught:
+        tracking.ingest(spool, run)
+    assert str(caught.value) == f"bad seed 0 was not logged: no room; what is not logged is kept in {spool}"
+    assert len(spool.read_text().splitlines()) == 1 and '"arm": "bad"' in spool.read_text()
+    assert client().get_run(run.run_id).data.metrics == {"breaks": 3.0}
+    assert list(tracking.run_table("toy", "04_distill_students")["arm"]) == ["fine", "good"]
+    monkeypatch.undo()
+    monkeypatch.setenv("PURSUHINT_HOME", str(store))
+    tracking.ingest(spool, run)
+    assert not spool.exists()
+    assert list(tracking.run_table("toy", "04_distill_students")["arm"]) == ["bad", "fine", "good"]
+    assert len(client().get_metric_history(run.run_id, "breaks")) == 1
+
+
+def test_a_tracker_that_is_away_is_not_waited_for_at_every_line(tmp_path, monkeypatch):
+    spool, notebook = spooled(tmp_path)
+    for value in range(5):
+        notebook.log_metrics({"a": value})
+    before, tries = spool.read_text(), []
+
+    def away(*arguments):
+        tries.append(arguments)
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(tracking, "_log_metrics", away)
+    with pytest.raises(tracking.TrackingError, match="nobody answers"):
+        tracking.ingest(spool, tracking.StageRun("toy", "04_distill_students", "x"))
+    assert len(tries) == 2 and spool.read_text() == before
+
+
 def test_tables_and_figures_become_artifacts_and_checkpoints_do_not(store, tmp_path):
     folder = tmp_path / "stage"
     (folder / "figures").mkdir(parents=True)
