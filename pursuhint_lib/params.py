@@ -3,22 +3,24 @@
 One YAML per study: a section `common` and one section per notebook, literals only. Each notebook has one flat model
 here; it lists its own keys and the common keys that it needs, and no others, so a changed key re-runs only the
 notebooks that use it. Two checks, both before anything is trained: `load_params` (types, limits, unknown keys; light,
-no torch) and `check_names` (networks, layers, metrics, strategies and methods exist, hints fit; needs torch).
+no torch) and `check_names` (images, networks, layers, metrics, strategies and methods exist and fit each other; needs
+torch).
 
 YAML traps handled here: PyYAML reads ``1e-3`` as a string (numbers are parsed from such strings) and ``yes`` as true
-(a boolean is refused where a number or a name is meant).
+(a boolean is refused where a number or a name is meant), and of a key given twice it takes the last (refused).
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from pursuhint_lib.storage import REPOSITORY
+from pursuhint_lib.storage import REPOSITORY, home
 
 PARAMS_FOLDER = REPOSITORY / "params"
 
@@ -171,6 +173,20 @@ STAGES: dict[str, type[Study]] = {
 SECTIONS = {stage.split("_", 1)[1]: stage for stage in STAGES}  # "train_teacher" -> "01_train_teacher"
 
 
+class _DataSet(NamedTuple):
+    classes: int
+    training_images: int  # of the smallest class, validation images included
+    channels: int
+    size: int
+
+
+_DATA_SETS = {
+    "digits": _DataSet(10, 122, 1, 8),
+    "cifar10": _DataSet(10, 5000, 3, 32),
+    "cifar100": _DataSet(100, 500, 3, 32),
+}
+
+
 def _own_keys(model: type[Study]) -> list[str]:
     return list(model.__annotations__)
 
@@ -229,9 +245,23 @@ def load_params(path: Path) -> dict[str, Study]:
     return result
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that one mapping holds twice, of which PyYAML would take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and first.setdefault((key.tag, key.value), key) is not key:
+                line = first[key.tag, key.value].start_mark.line + 1
+                problem = f"{key.value} is given twice, first at line {line}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return node
+
+
 def _read_sections(path: Path, file: str) -> dict[str, dict[str, Any]]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
         raise ParameterError(f"{file}: no such parameter file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -293,17 +323,37 @@ def from_variables(model: type[Study], variables: Mapping[str, Any]) -> Any:
         raise ParameterError(_one_line(error, "the parameters cell", model.__name__, {})) from None
 
 
+def images_folder(images: Images, file: str) -> Path | None:
+    """Where the images of a study are: None for digits, else the folder that is named by `data_folder` or
+    ``$PURSUHINT_DATA``, else the home's ``data/``. Agrees with `data.load_images`, without torch.
+
+    Raises ParameterError, one line, when a folder that is named is not there.
+    """
+    if images.data == "digits":
+        return None
+    named = images.data_folder or os.environ.get("PURSUHINT_DATA", "")
+    folder = home() / Path(named or "data").expanduser()
+    if named and not folder.is_dir():
+        key = "common.data_folder" if images.data_folder else "PURSUHINT_DATA (environment)"
+        at = "" if str(folder) == named else f" at {folder}"
+        raise ParameterError(f"{file}: {key} = {named!r}: there is no such folder{at} (allowed: a folder, or empty)")
+    return folder
+
+
 def check_names(params: Mapping[str, Study], file: str) -> None:
-    """Check what only the library can know: networks, layers, metrics, strategies and methods exist, and the hints fit.
+    """Check what a type cannot tell: the images are there and enough, the device is there, networks, layers, metrics,
+    strategies and methods exist, the networks take the images, and the hints fit.
 
     Raises ParameterError, one line that names `file`, key, value and what is allowed.
     """
     import torch  # here, so that a run with nothing to do stays light
 
+    from pursuhint_lib.features import layer_table
     from pursuhint_lib.hints import STRATEGIES
     from pursuhint_lib.methods import METHODS
     from pursuhint_lib.models import build_model, candidate_layers
     from pursuhint_lib.similarity import METRICS
+    from pursuhint_lib.training import resolve_device
 
     profile, cluster, distill = params["02_profile_layers"], params["03_cluster_layers"], params["04_distill_students"]
 
@@ -311,9 +361,8 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
         allowed = list(allowed)
         for name in names:
             if name not in allowed:
-                raise ParameterError(
-                    f"{file}: {section}.{key} = {name!r}: unknown{nearest(name, allowed)} (allowed: {', '.join(allowed)})"
-                )
+                hint = f"{nearest(name, allowed)} (allowed: {', '.join(allowed)})"
+                raise ParameterError(f"{file}: {section}.{key} = {name!r}: unknown{hint}")
 
     known("profile_layers", "similarity_metrics", profile.similarity_metrics, METRICS)
     known("cluster_layers", "cluster_metrics", cluster.cluster_metrics, profile.similarity_metrics)
@@ -321,20 +370,68 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
     known("distill_students", "methods", distill.methods, METHODS)
     known("distill_students", "hint_weights", distill.hint_weights, distill.methods)
 
-    networks = {}
+    shape = _check_images(profile, file)
+    try:
+        resolve_device(profile.device)
+    except ValueError as error:  # "device = 'cuda': ..."
+        raise ParameterError(f"{file}: common.{error}") from None
+
     for role in ("teacher", "student"):
         name = getattr(profile, role)
-        try:
-            with torch.device("meta"):  # shapes without memory or time
-                networks[role] = build_model(name, 2)
-        except ValueError as error:
-            raise ParameterError(f"{file}: common.{role} = {name!r}: {error}") from None
-    modules = dict(networks["teacher"].named_modules())
-    known("profile_layers", "layers", profile.layers, modules)
-    candidates = profile.layers or candidate_layers(networks["teacher"], before_activation=profile.before_activation)
-    for role, layers in (("teacher", candidates), ("student", candidate_layers(networks["student"]))):
+        place = f"{file}: common.{role} = {name!r}"
+        by_hand = profile.layers if role == "teacher" else []
+        before_activation = role == "teacher" and profile.before_activation
+        with torch.device("meta"):  # shapes without memory or time
+            try:
+                network = build_model(name, 2, channels=shape[0])
+            except ValueError as error:
+                raise ParameterError(f"{place}: {error}") from None
+            try:
+                network.eval()(torch.zeros(1, *shape))
+            except Exception as error:  # whatever a foreign network says of images that it cannot take
+                size = "x".join(map(str, shape))
+                raise ParameterError(f"{place}: cannot take images of {size} ({_first_line(error)})") from None
+            if by_hand:
+                known("profile_layers", "layers", by_hand, dict(network.named_modules()))
+                place = f"{file}: profile_layers.layers = {by_hand!r}"
+            elif before_activation:
+                place = f"{file}: profile_layers.before_activation = True"
+            try:
+                layers = by_hand or candidate_layers(network, before_activation=before_activation)
+                table = layer_table(network, layers, shape)
+            except Exception as error:
+                raise ParameterError(f"{place}: {_first_line(error)}") from None
+        tokens = table[(table["height"] == 1) & (table["width"] > 1)]["layer"]
+        if len(tokens):
+            raise ParameterError(f"{place}: layer {tokens.iloc[0]} gives tokens; hints need maps (allowed: C x H x W)")
         if cluster.n_hints > len(layers):
             raise ParameterError(
-                f"{file}: cluster_layers.n_hints = {cluster.n_hints}: more hints than the {role} {getattr(profile, role)} "
+                f"{file}: cluster_layers.n_hints = {cluster.n_hints}: more hints than the {role} {name} "
                 f"has candidate layers ({len(layers)}); allowed: 1 to {len(layers)}"
             )
+
+
+def _check_images(images: Images, file: str) -> tuple[int, int, int]:
+    """Channels, height and width of the images; ParameterError when they are not there or not enough."""
+    images_folder(images, file)
+
+    def refuse(key: str, reason: str) -> ParameterError:
+        return ParameterError(f"{file}: common.{key} = {getattr(images, key)!r}: {reason}")
+
+    if images.data == "image_folder":
+        if images.image_size == 0:
+            raise refuse("image_size", "image_folder needs the side of its images in pixels (allowed: 1 or more)")
+        return 3, images.image_size, images.image_size
+    known = _DATA_SETS[images.data]
+    if images.image_size != 0:
+        raise refuse("image_size", f"{images.data} has a size of its own, {known.size} pixels (allowed: 0)")
+    if images.n_classes > known.classes:
+        raise refuse("n_classes", f"{images.data} has {known.classes} classes (allowed: 0 for all, to {known.classes})")
+    if images.validation_per_class >= known.training_images:
+        most = known.training_images - 1
+        raise refuse("validation_per_class", f"leaves a class of {images.data} without images (allowed: 1 to {most})")
+    return known.channels, known.size, known.size
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

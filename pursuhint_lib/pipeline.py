@@ -34,7 +34,15 @@ from typing import Any
 from pursuhint_lib import records
 from pursuhint_lib.execution import Execution, StageFailed, copy_whole, kernel_environment, publish
 from pursuhint_lib.live import LiveLine, stage_line, study_seconds_left
-from pursuhint_lib.params import ParameterError, check_names, load_params, nearest, study_file
+from pursuhint_lib.params import (
+    PARAMS_FOLDER,
+    ParameterError,
+    check_names,
+    images_folder,
+    load_params,
+    nearest,
+    study_file,
+)
 from pursuhint_lib.progress import duration, read_progress
 from pursuhint_lib.provenance import hardware, source_state, versions
 from pursuhint_lib.records import Stage
@@ -127,6 +135,13 @@ def _write_report(study: str) -> None:
     write_report(study)
 
 
+def _images(params: Mapping[str, Any]) -> str:
+    """Fingerprint of a study's images; "" for digits, and before the first download."""
+    images = params["01_train_teacher"]
+    folder = images_folder(images, f"{PARAMS_FOLDER.name}/{images.study}.yaml")
+    return records.listing_hash(images.data, folder) if folder else ""
+
+
 @dataclass(frozen=True)
 class Sources:
     """What a study is made from; tests put toys in their place."""
@@ -138,6 +153,7 @@ class Sources:
     find: Callable[[str], Path] = study_file
     load: Callable[[Path], Mapping[str, Any]] = load_params
     check: Callable[[Mapping[str, Any], str], None] = check_names
+    images: Callable[[Mapping[str, Any]], str] = _images  # a part of the first stage's key
     report: Callable[[str], Any] | None = _write_report  # the page, made again when all records are there
 
     def notebook(self, stage: Stage) -> Path:
@@ -273,7 +289,8 @@ def _standing(
 
 def _inputs(stage: Stage, params: Mapping[str, Any], sources: Sources, earlier: Mapping[str, dict]) -> dict[str, Any]:
     parameters = params[stage.name].model_dump(mode="json")
-    return records.inputs_of(stage, parameters, sources.notebook(stage), sources.library, sources.lock, earlier)
+    images = sources.images(params) if stage == sources.stages[0] else ""
+    return records.inputs_of(stage, parameters, sources.notebook(stage), sources.library, sources.lock, earlier, images)
 
 
 # --- The driver
@@ -432,6 +449,8 @@ class Driver:
         seconds = time.time() - started + self.spent.pop(stage.name, 0.0)
         self.past[stage.name] = seconds
         runs = self._log_files(run_id, stage)
+        if stage == self.sources.stages[0] and "images" not in inputs and (images := self.sources.images(self.params)):
+            inputs["images"] = images  # the stage itself has downloaded them
         record = {
             "stage": stage.name,
             "key": records.key_of(inputs),

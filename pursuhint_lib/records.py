@@ -5,7 +5,8 @@ was made from, what it wrote (sha256 of each file), and by which code, versions 
 record has the key of today's inputs and every output still has its recorded bytes.
 
 The key covers the parameters, the notebook's source without outputs, the library files that the notebook imports
-(directly or through others), the lock file, and what the stage reads from earlier stages. Earlier stages count by the
+(directly or through others), the lock file, for the first stage the images (a fingerprint of their listing; later
+stages read what the first one says of them), and what the stage reads from earlier stages. Earlier stages count by the
 *bytes they wrote*, not by their own keys: a stage that was made again with the same result does not drag the rest
 along.
 """
@@ -15,6 +16,7 @@ import fnmatch
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,14 +61,15 @@ def inputs_of(
     library: Path,
     lock: Path,
     earlier: Mapping[str, Mapping[str, Any]],
+    images: str = "",
 ) -> dict[str, Any]:
     """Everything a stage is made from, as hashes, in parts that can be named when one of them changes.
 
-    earlier: records of the stages before it. Raises FileNotFoundError when the notebook is not there, ValueError when
-    it or a library file cannot be read as Python.
+    earlier: records of the stages before it. images: fingerprint of the images (`listing_hash`), "" for none. Raises
+    FileNotFoundError when the notebook is not there, ValueError when it or a library file cannot be read as Python.
     """
     files = library_files(notebook, library)
-    return {
+    inputs = {
         "parameters": dict(parameters),
         "notebook": notebook_hash(notebook),
         "library": {name: sha256(path) for name, path in sorted(files.items())},
@@ -76,6 +79,42 @@ def inputs_of(
             for name in stage.reads
         },
     }
+    return inputs | ({"images": images} if images else {})
+
+
+_COPIES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's names
+
+
+def listing_hash(data: str, folder: Path) -> str:
+    """Hex sha256 over name, size and time of change of each file that the data set `data` may read in `folder`.
+
+    These are ``train/<class>/*`` and ``test/<class>/*`` (of an image folder ``val/<class>/*`` too), else the files of
+    torchvision's copy. "" when there are none yet. Where the folder lies does not count.
+    """
+    splits = ("train", "test") if data in _COPIES else ("train", "test", "val")
+    classes = [
+        (f"{split}/{entry.name}", folder / split / entry.name)
+        for split in splits
+        for entry in _visible(folder / split)
+        if entry.is_dir()
+    ]
+    if data in _COPIES and not any((folder / split).is_dir() for split in splits):
+        classes = [(_COPIES[data], folder / _COPIES[data])]
+    files = [
+        (f"{name}/{entry.name}", entry.stat().st_size, entry.stat().st_mtime_ns)
+        for name, path in classes
+        for entry in _visible(path)
+        if entry.is_file()
+    ]
+    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest() if files else ""
+
+
+def _visible(folder: Path) -> list[os.DirEntry]:
+    """What lies in a folder, hidden files left out; nothing when the folder is not there."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
 
 
 def key_of(inputs: Mapping[str, Any]) -> str:
@@ -89,6 +128,8 @@ def what_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         f"parameter {key} {before!r} -> {now!r}"
         for key, before, now in differences(old["parameters"], new["parameters"])
     ]
+    if old.get("images") != new.get("images"):
+        reasons.append("the images changed")
     if old["notebook"] != new["notebook"]:
         reasons.append("the notebook changed")
     reasons += [f"library file {name} changed" for name, _, _ in differences(old["library"], new["library"])]

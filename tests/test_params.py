@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from pursuhint_lib import params
+from pursuhint_lib import data, params
 from pursuhint_lib.params import (
     COMMON,
     PARAMS_FOLDER,
@@ -12,6 +12,7 @@ from pursuhint_lib.params import (
     ParameterError,
     check_names,
     from_variables,
+    images_folder,
     load_params,
 )
 
@@ -106,8 +107,70 @@ def test_a_name_that_the_library_does_not_know_is_one_line(tmp_path, place, valu
 
 
 @pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"n_classes": 11}, ["n_classes = 11", "0 for all, to 10"]),
+        ({"data": "cifar100", "n_classes": 101}, ["n_classes = 101", "to 100"]),
+        ({"validation_per_class": 122}, ["validation_per_class = 122", "1 to 121"]),
+        ({"data": "cifar10", "validation_per_class": 5000}, ["validation_per_class = 5000", "1 to 4999"]),
+        ({"image_size": 8}, ["image_size = 8", "allowed: 0"]),
+        ({"data": "image_folder"}, ["image_size = 0", "allowed: 1 or more"]),
+        ({"data": "cifar10", "data_folder": "/nowhere"}, ["data_folder = '/nowhere'", "no such folder"]),
+        ({"device": "cuda:99"}, ["device = 'cuda:99'", "allowed here: auto, cpu"]),
+        ({"teacher": "resnet18"}, ["teacher = 'resnet18'", "takes 3 channels, not 1"]),
+        ({"data": "cifar10", "student": "alexnet"}, ["student = 'alexnet'", "cannot take images of 3x32x32"]),
+        ({"data": "image_folder", "image_size": 224, "teacher": "vit_b_16"}, ["teacher = 'vit_b_16'", "gives tokens"]),
+    ],
+)
+def test_images_networks_and_device_that_do_not_fit_are_one_line(tmp_path, home, changes, says):
+    found = load(tmp_path, **{f"common__{key}": value for key, value in changes.items()})
+    with pytest.raises(ParameterError) as error:
+        check_names(found, "params/smoke.yaml")
+    text = str(error.value)
+    assert "\n" not in text and text.startswith("params/smoke.yaml: common.")
+    assert all(part in text for part in says), text
+
+
+def test_the_largest_values_that_fit_and_a_swin_are_taken(tmp_path, home):
+    check_names(load(tmp_path, common__n_classes=10, common__validation_per_class=121), "params/smoke.yaml")
+    changes = {"common__data": "cifar100", "common__n_classes": 100, "common__validation_per_class": 499}
+    check_names(load(tmp_path, **changes, common__teacher="swin_t"), "params/smoke.yaml")
+
+
+def test_the_data_sets_are_as_they_are_said_to_be():
+    digits = data.load_images("digits")["train"]
+    classes, smallest, *shape = params._DATA_SETS["digits"]
+    assert (classes, smallest) == (len(digits.classes), int(digits.labels.bincount().min()))
+    assert tuple(digits.images.shape[1:]) == (*shape, shape[-1])
+    for name, known in data._CIFAR.items():
+        assert params._DATA_SETS[name] == (known.n_classes, known.per_class["train"], 3, data._CIFAR_SIZE)
+    assert [*params._DATA_SETS, "image_folder"] == list(data.DATA_SETS)
+
+
+def test_the_image_folder_is_the_one_that_the_images_are_read_from(tmp_path, home, monkeypatch):
+    images = load(tmp_path, common__data="cifar10")["01_train_teacher"]
+    (home / "a").mkdir()
+    (home / "b").mkdir()
+    assert images_folder(images, "f") == data._data_folder("") == home / "data"
+    monkeypatch.setenv("PURSUHINT_DATA", "a")
+    assert images_folder(images, "f") == data._data_folder("") == home / "a"
+    named = images.model_copy(update={"data_folder": "b"})
+    assert images_folder(named, "f") == data._data_folder("b") == home / "b"
+    monkeypatch.setenv("PURSUHINT_DATA", "c")
+    with pytest.raises(ParameterError, match=r"^f: PURSUHINT_DATA .environment. = 'c': there is no such folder at /"):
+        images_folder(images, "f")
+    assert images_folder(load(tmp_path)["01_train_teacher"], "f") is None  # digits need no folder
+
+
+@pytest.mark.parametrize(
     ("content", "says"),
-    [("a: [", "not valid YAML at line"), ("- 1", "should hold the sections"), ("common: 3", "section common = 3")],
+    [
+        ("common:\n  epochs: 2\n  noise: 0\n  epochs: 3\n", "at line 4 .epochs is given twice, first at line 2"),
+        ("common: {}\ncommon: {}\n", "at line 2 .common is given twice, first at line 1"),
+        ("a: [", "not valid YAML at line"),
+        ("- 1", "should hold the sections"),
+        ("common: 3", "section common = 3"),
+    ],
 )
 def test_a_file_that_is_no_parameter_file_is_one_line(tmp_path, content, says):
     path = tmp_path / "smoke.yaml"

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pursuhint_lib import execution, records, tracking
 from pursuhint_lib.live import study_seconds_left
-from pursuhint_lib.params import ParameterError
+from pursuhint_lib.params import PARAMS_FOLDER, ParameterError, load_params
 from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, main
 from pursuhint_lib.progress import Progress, duration
 from pursuhint_lib.storage import REPOSITORY
@@ -127,6 +127,7 @@ def toy_sources(root):
         find=lambda study: find_toy(study, root / "params"),
         load=load_toy,
         check=lambda params, file: None,
+        images=lambda params: "",
         report=None,
     )
 
@@ -583,6 +584,81 @@ def test_outputs_in_a_notebook_do_not_change_the_key_and_its_source_does(toy):
     notebook.cells[1].source += "\n# a remark"
     nbformat.write(notebook, path)
     assert records.what_changed(before, inputs(toy)) == "the notebook changed"
+
+
+def test_images_are_a_part_of_the_first_key_once_they_are_there(toy, capsys):
+    download = "path = Path(os.environ['PURSUHINT_HOME'], 'data/cifar-10-batches-py')\n"
+    download += "path.mkdir(parents=True, exist_ok=True)\n(path / 'batch').exists() or (path / 'batch').write_text('1')"
+    write_notebook(toy.root / "notebooks/01_make.ipynb", [*MAKE, download])
+    named = [toy.root / "data"]
+
+    def images(params):
+        if not named[0].parent.is_dir():
+            raise ParameterError(f"params/toy.yaml: common.data_folder = '{named[0]}': there is no such folder")
+        return records.listing_hash("cifar10", named[0])
+
+    sources = toy_sources(toy.root)
+    sources = Sources(**{name: getattr(sources, name) for name in sources.__dataclass_fields__} | {"images": images})
+    assert main(["reproduce", "toy"], sources) == 0  # downloads them
+    capsys.readouterr()
+    assert main(["reproduce", "toy"], sources) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (
+        records.read_record(toy.make)["inputs"]["images"] and "images" not in records.read_record(toy.judge)["inputs"]
+    )
+
+    (toy.root / "data/cifar-10-batches-py/batch").write_text("22")
+    assert main(["reproduce", "toy"], sources) == 0
+    out = capsys.readouterr().out
+    assert "[1/2] 01_make (the images changed)" in out and "[2/2] 02_judge: done before, kept" in out
+
+    named[0] = toy.root / "nowhere/data"
+    assert main(["reproduce", "toy"], sources) == 1  # also when all is done
+    assert capsys.readouterr().err.startswith("params/toy.yaml: common.data_folder = ")
+
+
+def test_the_fingerprint_of_images_is_of_what_would_be_read_and_not_of_where_it_lies(tmp_path):
+    def put(name, text="x"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        os.utime(path, (1, 1))
+
+    def found(data="cifar100", folder="here"):
+        return records.listing_hash(data, tmp_path / folder)
+
+    assert found() == ""
+    put("here/cifar-10-batches-py/batch")
+    assert found() == "" and found("cifar10") != ""
+    put("here/cifar-100-python/train")
+    copy = found()
+    put("here/train/cat/a.png")
+    folder = found()
+    assert len({"", copy, folder}) == 3
+    put("here/train/cat/.hidden")
+    put("here/notes.txt")
+    assert found() == folder
+    put("there/train/cat/a.png")
+    assert found(folder="there") == folder
+    put("here/val/cat/a.png")
+    assert found() == folder != found("image_folder")
+    put("here/train/cat/a.png", "longer")
+    assert found() != folder
+    put("here/train/cat/a.png")
+    os.utime(tmp_path / "here/train/cat/a.png", (2, 2))
+    assert found() != folder
+
+
+def test_a_study_whose_image_folder_is_not_there_is_refused(home, monkeypatch):
+    monkeypatch.setenv("PURSUHINT_DATA", "nowhere")
+    digits, cifar = (load_params(PARAMS_FOLDER / f"{name}.yaml") for name in ("digits", "cifar100_quick"))
+    assert Sources().images(digits) == ""
+    with pytest.raises(
+        ParameterError, match=r"^params/cifar100_quick\.yaml: PURSUHINT_DATA .*'nowhere'.*no such folder"
+    ):
+        Sources().images(cifar)
+    monkeypatch.delenv("PURSUHINT_DATA")
+    assert Sources().images(cifar) == ""  # a first run downloads them
 
 
 def test_earlier_stages_count_by_their_bytes_without_times():
