@@ -46,7 +46,7 @@ def test_files_and_studies_that_are_named_exist():
 
 
 def reports_are_those_of_record():
-    """Whether reports/ is as it was committed: a study that was run here since may have other numbers, and rightly so."""
+    """Whether reports/ is as it was committed: a study that was run here since may well have other numbers."""
     git = ["git", "status", "--porcelain", *(f"reports/{study}/tables" for study in readme_tool.STUDIES)]
     try:
         found = subprocess.run(git, cwd=REPOSITORY, capture_output=True, text=True)
