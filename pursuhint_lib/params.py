@@ -352,7 +352,7 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
     from pursuhint_lib.hints import STRATEGIES
     from pursuhint_lib.methods import METHODS
     from pursuhint_lib.models import build_model, candidate_layers
-    from pursuhint_lib.similarity import METRICS
+    from pursuhint_lib.profiling import METRICS
     from pursuhint_lib.training import resolve_device
 
     profile, cluster, distill = params["02_profile_layers"], params["03_cluster_layers"], params["04_distill_students"]
