@@ -9,8 +9,9 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ import pandas as pd
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.utils import Tags, check_array
+from sklearn.utils.validation import validate_data
 
 # ---- Clustering methods: (distance (L, L), n_clusters) -> Partition ----
 
@@ -63,7 +66,7 @@ def seed_indices(n_layers: int, n_clusters: int) -> tuple[int, ...]:
     return tuple(t * (n_layers - 1) // (n_clusters - 1) for t in range(n_clusters))
 
 
-def _nearest_center(distance: np.ndarray, centers: tuple[int, ...]) -> np.ndarray:
+def _nearest_center(distance: np.ndarray, centers: Sequence[int] | np.ndarray) -> np.ndarray:
     """(L,) cluster numbers; ties go to the lowest."""
     return distance[:, centers].argmin(1)
 
@@ -96,21 +99,38 @@ def _contiguous(distance: np.ndarray, n_clusters: int) -> Partition:
     n = len(distance)
     cost = np.full((n, n + 1), np.inf)  # cost[a, b]: layers a..b-1 as one run
     for a in range(n):
-        for b in range(a + 1, n + 1):
-            cost[a, b] = distance[a:b, a:b].sum(0).min()
-    best = np.full((n_clusters + 1, n + 1), np.inf)  # best[k, b]: layers 0..b-1 in k runs
-    start = np.zeros((n_clusters + 1, n + 1), dtype=int)
-    best[0, 0] = 0
-    for k in range(1, n_clusters + 1):
-        for b in range(k, n + 1):
-            totals = best[k - 1, :b] + cost[:b, b]
-            start[k, b] = totals.argmin()
-            best[k, b] = totals[start[k, b]]
+        totals = distance[a:, a:].cumsum(0)  # [i, m]: total distance of layers a..a+i to layer a+m
+        inside = np.tri(n - a, dtype=bool)  # m <= i: the medoid is a layer of the run
+        cost[a, a + 1 :] = np.where(inside, totals, np.inf).min(1)
+    best = np.full(n + 1, np.inf)  # best[b]: layers 0..b-1, at first in no runs, then in one, two, ...
+    best[0] = 0
+    starts = []
+    for _ in range(n_clusters):
+        totals = best[:n, None] + cost  # [a, b]: the last run is a..b-1
+        starts.append(totals.argmin(0))
+        best = totals.min(0)
     labels, b = np.empty(n, dtype=int), n
-    for k in range(n_clusters, 0, -1):
-        labels[start[k, b] : b] = k - 1
-        b = start[k, b]
+    for k in reversed(range(n_clusters)):
+        labels[starts[k][b] : b] = k
+        b = starts[k][b]
     return _settled(labels, n_clusters)
+
+
+def _kmedoids(distance: np.ndarray, n_clusters: int) -> Partition:
+    """Partitioning around medoids (Kaufman & Rousseeuw 1987): start by BUILD, then the best swap while one helps.
+
+    Lowers sum_i min_k d(i, medoid_k) to a local minimum: no exchange of one medoid for another layer lowers it further.
+    Centers are the medoids. Nothing is random.
+    """
+    import kmedoids  # a compiled library that only this method needs
+
+    start = list(kmedoids.pam_build(distance, n_clusters).medoids.astype(int))
+    # BUILD stops where another medoid gains nothing, as with layers that are exactly equal: the shallowest fill up.
+    start += [i for i in range(len(distance)) if i not in start][: n_clusters - len(start)]
+    medoids = np.sort(kmedoids.pam(distance, np.array(start)).medoids.astype(int))
+    labels = _nearest_center(distance, medoids)
+    labels[medoids] = np.arange(n_clusters)  # also where two medoids are exactly equal
+    return Partition(labels, medoids, cycle=[], n_rounds=1)
 
 
 def _settled(labels: np.ndarray, n_clusters: int) -> Partition:
@@ -121,6 +141,7 @@ def _settled(labels: np.ndarray, n_clusters: int) -> Partition:
 
 METHODS: dict[str, Callable[[np.ndarray, int], Partition]] = {
     "pursuhint": _pursuhint,
+    "kmedoids": _kmedoids,
     "average_linkage": _average_linkage,
     "contiguous": _contiguous,
 }
@@ -138,14 +159,18 @@ REPRESENTATIVES: dict[str, Callable[[np.ndarray, int, np.ndarray], int]] = {
 class LayerClustering(ClusterMixin, BaseEstimator):
     """Clusters of alike layers, and one hint point for each: the layer-selection step of PURSUhInT (arXiv 2103.00053).
 
+    A scikit-learn clusterer of a precomputed similarity: samples and features are both the L layers.
+
     n_clusters: K, at most the number of layers.
-    method: "pursuhint" is the published rule, read from the method's public code; "average_linkage" and "contiguous"
-        are there to tell what the rule adds.
-    representative: the layer that stands for its cluster. "center", the member in mid-depth, is the method's own;
-        "medoid" has the least total distance to the members; "first" and "last" are the shallowest and deepest member.
+    method: "pursuhint" is the published rule, read from the method's public code; "kmedoids", "average_linkage" and
+        "contiguous" are there to tell what the rule adds.
+    representative: the layer that stands for its cluster. "center" is the method's own: the member in mid-depth, and
+        for "kmedoids" the medoid; "medoid" has the least total distance to the members; "first" and "last" are the
+        shallowest and deepest member.
 
     Learnt by `fit`, cluster 0 being the one with the shallowest center:
-    layers_: names of the L layers, as in the table.
+    layers_: names of the L layers, as in the table; "0", "1", ... for a plain array.
+    n_features_in_: L. feature_names_in_: (L,) names of the layers, only for a table whose labels are all strings.
     labels_: (L,) cluster of each layer.
     center_indices_: (K,) 0-based index of each cluster's center, ascending.
     hint_points_: K layer names in order of depth.
@@ -163,24 +188,27 @@ class LayerClustering(ClusterMixin, BaseEstimator):
         self.method = method
         self.representative = representative
 
-    def fit(self, similarity: pd.DataFrame, y: None = None) -> "LayerClustering":
-        """Cluster the layers of a labelled, symmetric similarity table (L, L); distance is 1 - similarity.
+    def fit(self, similarity: pd.DataFrame | np.ndarray, y: None = None) -> "LayerClustering":
+        """Cluster the layers of a symmetric similarity (L, L), see `checked_similarity`; distance is 1 - similarity.
 
         Deterministic. Warns where a cluster is left empty, as happens when layers are exactly equal; it then keeps its
         center, as published, and the same layer may be named twice.
-        Raises ValueError for a table that is not square, finite, symmetric and labelled alike on both sides, for an
-        unknown method or representative, and for n_clusters outside 1..L.
+        y is ignored, as in every scikit-learn clusterer.
+        Raises ValueError for what is no similarity, for an unknown method or representative, and for n_clusters outside
+        1..L.
         """
-        distance = 1 - _checked_similarity(similarity)
+        layers, values = checked_similarity(similarity)
+        distance = 1 - values
         if self.method not in METHODS:
             raise ValueError(_unknown("method", self.method, METHODS))
         if self.representative not in REPRESENTATIVES:
             raise ValueError(_unknown("representative", self.representative, REPRESENTATIVES))
         _check_count("n_clusters", self.n_clusters, len(distance))
 
+        validate_data(self, similarity, skip_check_array=True)  # sets n_features_in_ and feature_names_in_, no more
+        self.layers_ = layers
         labels, centers, self.cycle_, self.n_rounds_ = METHODS[self.method](distance, self.n_clusters)
         by_depth = np.argsort(centers, kind="stable")
-        self.layers_ = list(similarity.index)
         self.labels_ = np.argsort(by_depth)[labels]  # old number -> rank of its center
         self.center_indices_ = centers[by_depth]
         members = [np.flatnonzero(self.labels_ == k) for k in range(self.n_clusters)]
@@ -195,18 +223,36 @@ class LayerClustering(ClusterMixin, BaseEstimator):
         self.contiguous_ = self.n_breaks_ == 0
         return self
 
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.pairwise = True
+        return tags
 
-def _checked_similarity(similarity: pd.DataFrame) -> np.ndarray:
+
+def checked_similarity(similarity: pd.DataFrame | np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Names of the L layers, and their similarities as float64 (L, L).
+
+    similarity: a table with the same layers as rows and columns, in order of depth; rows that are only numbered, 0 to
+    L - 1, are taken to be those of the columns. Or a plain square array: its layers are named "0" to "L - 1".
+    Raises ValueError, naming the layers, where it is not square, finite, symmetric and labelled alike on both sides.
+    """
+    ndim = similarity.ndim if hasattr(similarity, "ndim") else np.asarray(similarity).ndim
+    if ndim != 2:
+        kind = type(similarity).__name__
+        raise ValueError(f"similarity is a {kind} of {ndim} dimensions: it must be a square table or array (L, L)")
     if not isinstance(similarity, pd.DataFrame):
-        raise ValueError(f"similarity is a {type(similarity).__name__}: it must be a DataFrame labelled by layer")
+        similarity = pd.DataFrame(check_array(similarity, dtype=np.float64, input_name="similarity"))
+        similarity = similarity.rename(index=str, columns=str)
     rows, columns = list(similarity.index), list(similarity.columns)
+    if rows == list(range(len(columns))):
+        rows = columns
     if not rows or len(rows) != len(columns):
         raise ValueError(f"similarity has {len(rows)} rows and {len(columns)} columns: it must be square and not empty")
     for row, column in zip(rows, columns):
         if row != column:
             raise ValueError(f"similarity has row {row!r} beside column {column!r}: both must list the same layers")
     if len(set(rows)) < len(rows):
-        raise ValueError(f"similarity names layer {similarity.index[similarity.index.duplicated()][0]!r} twice")
+        raise ValueError(f"similarity names layer {similarity.columns[similarity.columns.duplicated()][0]!r} twice")
     values = similarity.to_numpy(dtype=float)
     for wrong, why in (
         (~np.isfinite(values), "it must be finite"),
@@ -215,7 +261,7 @@ def _checked_similarity(similarity: pd.DataFrame) -> np.ndarray:
         if wrong.any():
             i, j = np.argwhere(wrong)[0]
             raise ValueError(f"similarity of {rows[i]!r} and {rows[j]!r} is {values[i, j]} and {values[j, i]}: {why}")
-    return values
+    return rows, values
 
 
 def _check_count(what: str, count: int, limit: int) -> None:
@@ -223,12 +269,20 @@ def _check_count(what: str, count: int, limit: int) -> None:
         raise ValueError(f"{what} is {count}: it must be from 1 to {limit}, the number of candidate layers")
 
 
-def _unknown(what: str, name: str, known: dict) -> str:
-    nearest = difflib.get_close_matches(str(name), list(known), 1, cutoff=0)[0]
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    nearest = difflib.get_close_matches(str(name), known, 1, cutoff=0)[0]
     return f"{what} {name!r} is unknown: did you mean {nearest!r}? Known: {', '.join(known)}"
 
 
 # ---- Hint points: the method and its controls under one signature ----
+
+
+SOURCES = (
+    "trained",  # the teacher's features of the same image
+    "untrained",  # those of the same network with random weights: structure without knowledge
+    "shuffled",  # the trained teacher's features of another image of the batch: a hint that does not fit
+)
 
 
 @dataclass(frozen=True)
@@ -236,13 +290,20 @@ class HintPoints:
     """The teacher layers that give hints.
 
     strategy: a name of `STRATEGIES`, or the caller's own.
-    layers: M layer names in order of depth.
+    layers: M layer names in order of depth, a name more than once if it gives several hints; the pool to draw from if
+        hints are redrawn.
     labels: cluster of every candidate layer, where the strategy has clusters.
+    pairing: which student point each of them serves, a key of `PAIRING_RULES`.
+    source: whose features they show, one of `SOURCES`.
+    redrawn: if above 0, so many of `layers` are drawn anew at every step.
     """
 
     strategy: str
     layers: list[str]
     labels: list[int] | None = None
+    pairing: str = "in_order"
+    source: str = "trained"
+    redrawn: int = 0
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -259,18 +320,27 @@ def select_hint_points(
         "uniform"          the middles of n_hints equal groups along depth
         "random"           layers drawn without replacement by `seed`
         "clustered"        the method: centers of clusters of alike layers (`LayerClustering`)
-        "clustered_first", "clustered_last"     the shallowest or deepest layer of the same clusters
-    similarity: labelled (L, L) table; only the clustered strategies look at it, the others take None as well.
+        "clustered_medoid", "clustered_first", "clustered_last"     another layer of each of the same clusters
+        "reversed"         the layers of "clustered", the deepest paired with the shallowest student point
+        "all_to_last", "all_to_middle"      one teacher layer, the last or the middle one, for every student point
+        "single"           one layer alone: number `seed`, counted from 0 by depth
+        "subset"           number `seed` of all n_hints-subsets of the layers, in lexicographic order, counted from 0
+        "untrained", "shuffled"     the layers of "clustered", with features of that source (`SOURCES`)
+        "redrawn"          n_hints of all layers, drawn anew at every step
+    similarity: labelled (L, L) table; only strategies with clusters look at it, the others take None as well.
     layers: the teacher's layer table, columns `layer` and `stage_end`, in execution order.
-    n_hints: M, from 1 to L; "none" ignores it.
-    Raises ValueError for an unknown strategy, an impossible n_hints, or a similarity of other layers than the table's.
+    n_hints: M, from 1 to L; "none" and "single" ignore it.
+    Raises ValueError for an unknown strategy, an impossible n_hints, a seed beyond the layers or subsets it counts, or
+    a similarity of other layers than the table's.
     """
     if strategy not in STRATEGIES:
         raise ValueError(_unknown("strategy", strategy, STRATEGIES))
-    if strategy != "none":
+    if strategy not in ("none", "single"):
         _check_count("n_hints", n_hints, len(layers))
-    indices, labels = STRATEGIES[strategy](_Request(similarity, layers, n_hints, seed))
-    return HintPoints(strategy, _named(layers, indices), labels)
+    rule = STRATEGIES[strategy]
+    indices, labels = rule.choose(_Request(similarity, layers, n_hints, seed))
+    redrawn = n_hints if rule.redrawn else 0
+    return HintPoints(strategy, _named(layers, indices), labels, rule.pairing, rule.source, redrawn)
 
 
 class _Request(NamedTuple):
@@ -312,23 +382,79 @@ def _clustered(request: _Request, representative: str = "center") -> tuple[list[
     return [expected.index(layer) for layer in clustering.hint_points_], clustering.labels_.tolist()
 
 
+def _all_to_last(request: _Request) -> tuple[list[int], None]:
+    return [len(request.layers) - 1] * request.n_hints, None
+
+
+def _all_to_middle(request: _Request) -> tuple[list[int], None]:
+    return [(len(request.layers) - 1) // 2] * request.n_hints, None
+
+
+def _single(request: _Request) -> tuple[list[int], None]:
+    _check_seed(request.seed, len(request.layers), "layers")
+    return [request.seed], None
+
+
+def _subset(request: _Request) -> tuple[list[int], None]:
+    n, size = len(request.layers), request.n_hints
+    _check_seed(request.seed, math.comb(n, size), f"subsets of {size} out of {n} layers")
+    chosen, passed, layer = [], 0, 0
+    while len(chosen) < size:
+        # So many subsets go on with `layer`; they follow those that go on with a shallower one.
+        ahead = math.comb(n - layer - 1, size - len(chosen) - 1)
+        if request.seed < passed + ahead:
+            chosen.append(layer)
+        else:
+            passed += ahead
+        layer += 1
+    return chosen, None
+
+
+def _check_seed(seed: int, count: int, what: str) -> None:
+    if not 0 <= seed < count:
+        raise ValueError(f"seed is {seed}: there are {count} {what}, numbered from 0 to {count - 1}")
+
+
+def _every_layer(request: _Request) -> tuple[list[int], None]:
+    return list(range(len(request.layers))), None
+
+
 def _shown(names: list[str]) -> str:
     return f"{names[0]} .. {names[-1]} ({len(names)})"
 
 
-STRATEGIES: dict[str, Callable[[_Request], tuple[list[int], list[int] | None]]] = {
-    "none": _none,
-    "stage_ends": _stage_ends,
-    "uniform": _uniform,
-    "random": _random,
-    "clustered": _clustered,
-    "clustered_first": functools.partial(_clustered, representative="first"),
-    "clustered_last": functools.partial(_clustered, representative="last"),
+class _Strategy(NamedTuple):
+    """choose: layer indices in order of depth, and clusters. The other fields are those of `HintPoints`."""
+
+    choose: Callable[[_Request], tuple[list[int], list[int] | None]]
+    pairing: str = "in_order"
+    source: str = "trained"
+    redrawn: bool = False
+
+
+STRATEGIES: dict[str, _Strategy] = {
+    "none": _Strategy(_none),
+    "stage_ends": _Strategy(_stage_ends),
+    "uniform": _Strategy(_uniform),
+    "random": _Strategy(_random),
+    "clustered": _Strategy(_clustered),
+    "clustered_medoid": _Strategy(functools.partial(_clustered, representative="medoid")),
+    "clustered_first": _Strategy(functools.partial(_clustered, representative="first")),
+    "clustered_last": _Strategy(functools.partial(_clustered, representative="last")),
+    "reversed": _Strategy(_clustered, pairing="reversed"),
+    "all_to_last": _Strategy(_all_to_last),
+    "all_to_middle": _Strategy(_all_to_middle),
+    "single": _Strategy(_single),
+    "subset": _Strategy(_subset),
+    "untrained": _Strategy(_clustered, source="untrained"),
+    "shuffled": _Strategy(_clustered, source="shuffled"),
+    "redrawn": _Strategy(_every_layer, redrawn=True),
 }
 
 
 def _named(layers: pd.DataFrame, indices: list[int]) -> list[str]:
-    return [layers["layer"].iloc[i] for i in indices]
+    names = layers["layer"].tolist()
+    return [names[i] for i in indices]
 
 
 def stage_points(table: pd.DataFrame, n_points: int) -> list[int]:
@@ -371,23 +497,32 @@ def select_all(
     """The hint points of every strategy of a study, under the names that its arms carry.
 
     similarities: metric -> labelled table, the main metric first. "clustered" is done with every metric
-    ("clustered_r2_cca"), "clustered_first" and "clustered_last" with the main one, "random" `random_draws` times
-    ("random_0", seeded by `seed`, `seed` + 1, ...); the others stand under their own name.
+    ("clustered_r2_cca"), its other representatives with the main one ("clustered_first_r2_cca"), "random"
+    `random_draws` times ("random_0", seeded by `seed`, `seed` + 1, ...), "single" once for every layer ("single_1", the
+    depth counted from 1), "subset" for every subset ("subset_3_9_15", the depths); the others stand under their own
+    name, with clusters by the main metric where they have some.
+    Raises ValueError as `select_hint_points` does.
     """
     main = next(iter(similarities))
     chosen = {}
     for strategy in strategies:
         if strategy == "random":
-            variants = {f"random_{draw}": (None, seed + draw) for draw in range(random_draws)}
-        elif strategy.startswith("clustered"):
-            metrics = similarities if strategy == "clustered" else [main]
-            variants = {f"{strategy}_{metric}": (similarities[metric], seed) for metric in metrics}
+            variants = {f"random_{draw}": (main, seed + draw) for draw in range(random_draws)}
+        elif strategy == "single":
+            variants = {f"single_{i + 1}": (main, i) for i in range(len(layers))}
+        elif strategy == "subset":
+            _check_count("n_hints", n_hints, len(layers))
+            subsets = itertools.combinations(range(1, len(layers) + 1), n_hints)
+            variants = {"_".join(map(str, ("subset", *depths))): (main, i) for i, depths in enumerate(subsets)}
+        elif strategy == "clustered":
+            variants = {f"clustered_{metric}": (metric, seed) for metric in similarities}
+        elif strategy.startswith("clustered_"):
+            variants = {f"{strategy}_{main}": (main, seed)}
         else:
-            variants = {strategy: (None, seed)}
-        for name, (similarity, draw_seed) in variants.items():
-            chosen[name] = dataclasses.replace(
-                select_hint_points(strategy, similarity, layers, n_hints, draw_seed), strategy=name
-            )
+            variants = {strategy: (main, seed)}
+        for name, (metric, draw_seed) in variants.items():
+            points = select_hint_points(strategy, similarities[metric], layers, n_hints, draw_seed)
+            chosen[name] = dataclasses.replace(points, strategy=name)
     return chosen
 
 
@@ -396,41 +531,50 @@ def select_all(
 
 @dataclass(frozen=True)
 class HintPair:
-    """A student layer and the teacher layer whose features it is to match."""
+    """A student layer and the teacher layer whose features it is to match; `source`: whose features, see `SOURCES`."""
 
     teacher_layer: str
     student_layer: str
+    source: str = "trained"
 
 
 PAIRING_RULES: dict[str, Callable[[list[int]], list[int]]] = {
-    "stage_ends": lambda points: points,  # i-th hint point with the i-th student point
+    "in_order": lambda points: points,  # i-th hint point with the i-th student point
     "reversed": lambda points: points[::-1],  # the same points, deepest first: a control
 }
 
 
-def pair_layers(
-    hint_points: HintPoints, teacher_table: pd.DataFrame, student_table: pd.DataFrame, rule: str = "stage_ends"
-) -> list[HintPair]:
+def pair_layers(hint_points: HintPoints, teacher_table: pd.DataFrame, student_table: pd.DataFrame) -> list[HintPair]:
     """Pair the i-th hint point with the i-th student point, both in order of depth.
 
     Student points are the student's stage ends, by the rule of `stage_points` where it has more or fewer stages than
-    there are hint points; `rule` "reversed" pairs the deepest hint point with the shallowest.
+    there are hint points; pairing "reversed" pairs the deepest hint point with the shallowest.
     A hint point named twice stays two pairs. No hint points, no pairs.
-    Raises ValueError for an unknown rule, a hint point that is no layer of the teacher, or a student with fewer
-    candidate layers than hint points.
+    Where M of a pool of L layers are redrawn: every layer of the pool with every student point, L x M pairs, pool layer
+    major: layer i of the pool with student point j is pair i M + j, all counted from 0.
+    Raises ValueError for an unknown pairing or source, a hint point that is no layer of the teacher, a pool smaller
+    than what is drawn from it, or a student with fewer candidate layers than hint points.
     """
-    if rule not in PAIRING_RULES:
-        raise ValueError(_unknown("pairing rule", rule, PAIRING_RULES))
+    strategy = f"strategy {hint_points.strategy!r}"
+    if hint_points.pairing not in PAIRING_RULES:
+        raise ValueError(_unknown(f"pairing of {strategy}", hint_points.pairing, PAIRING_RULES))
+    if hint_points.source not in SOURCES:
+        raise ValueError(_unknown(f"source of {strategy}", hint_points.source, SOURCES))
     known = {layer: depth for depth, layer in enumerate(teacher_table["layer"])}
     for layer in hint_points.layers:
         if layer not in known:
-            raise ValueError(_unknown(f"teacher layer of strategy {hint_points.strategy!r}", layer, known))
+            raise ValueError(_unknown(f"teacher layer of {strategy}", layer, known))
+    if hint_points.redrawn > len(hint_points):
+        raise ValueError(f"{strategy} redraws {hint_points.redrawn} of {len(hint_points)} layers: draw fewer")
     if not hint_points.layers:
         return []
-    if len(hint_points) > len(student_table):
+    n_points = hint_points.redrawn or len(hint_points)
+    if n_points > len(student_table):
         raise ValueError(
-            f"{len(hint_points)} hint points for a student of {len(student_table)} candidate layers: use fewer hints"
+            f"{n_points} hint points for a student of {len(student_table)} candidate layers: use fewer hints"
         )
     teacher_layers = sorted(hint_points.layers, key=known.__getitem__)
-    student_layers = _named(student_table, PAIRING_RULES[rule](stage_points(student_table, len(hint_points))))
-    return [HintPair(*pair) for pair in zip(teacher_layers, student_layers)]
+    points = PAIRING_RULES[hint_points.pairing](stage_points(student_table, n_points))
+    combine = itertools.product if hint_points.redrawn else zip
+    pairs = combine(teacher_layers, _named(student_table, points))
+    return [HintPair(*pair, hint_points.source) for pair in pairs]
