@@ -116,6 +116,8 @@ class TrainTeacher(StudentTraining, Networks, Hardware, Images):
     teacher_epochs: Count = 2
     teacher_learning_rate: Positive = 0.1
     teacher_seed: Seed = 0
+    other_teachers: CountOrNone = 1  # from other initial weights, on the same batches; they never teach
+    workers: Count = 1  # teachers that take their step at the same time, on a CPU; see 04
 
 
 class ProfileLayers(Networks, Hardware, Images):
@@ -124,6 +126,7 @@ class ProfileLayers(Networks, Hardware, Images):
     layers: list[Name] = []  # candidate layers by module path; empty = derived from the network
     before_activation: bool = False  # take block outputs before their last activation
     probe_images: Annotated[int, _NUMBER, Field(ge=8)] = 200
+    pooling_grid: Count = 1  # side of the grid of cells that a map is averaged over; 1 = the mean of the whole map
     similarity_metrics: Names = ["r2_cca", "linear_cka", "rbf_cka"]
     resamples: CountOrNone = 4  # random halves of the probe images
 

@@ -165,6 +165,52 @@ def similarity_map(
     ax.spines[:].set_visible(False)
 
 
+def similarity_grid(tables: Mapping[str, pd.DataFrame], stages: Sequence[int] | None = None, columns: int = 4) -> Figure:
+    """Heat maps side by side on one color scale, title -> similarity table; `stages` as in `similarity_map`."""
+    rows, columns = -(-len(tables) // columns), min(columns, len(tables))
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns + 0.8, 3.4 * rows), squeeze=False)
+    for ax in axes.flat[len(tables) :]:
+        ax.axis("off")
+    for ax, (title, table) in zip(axes.flat, tables.items()):
+        similarity_map(ax, table, title, stages=stages, colorbar=False)
+    figure.colorbar(axes[0, 0].images[0], ax=axes, shrink=0.8 if rows == 1 else 0.5, label="similarity")
+    return figure
+
+
+def cluster_strips(ax: Axes, partitions: Mapping[str, tuple[Sequence[int], Sequence[str]]], table: pd.DataFrame) -> None:
+    """Clusters along depth: a row per partition, a cell per layer in the color of its cluster, stars on hint points;
+    lines between stages.
+
+    partitions: name -> (cluster of each layer, from 0; hint points). table: the teacher's layer table.
+    """
+    depth = dict(zip(table["layer"], table["depth"]))
+    for row, (labels, hint_points) in enumerate(partitions.values()):
+        for i, cluster in enumerate(labels):
+            ax.add_patch(Rectangle((i + 0.5, row - 0.38), 1, 0.76, color=stage_color(cluster + 1), lw=0))
+        places = [depth[layer] for layer in hint_points]
+        ax.plot(places, [row] * len(places), "*", ms=12, color="white", mec="black", mew=0.7)
+    for end in table.loc[table["stage_end"], "depth"][:-1]:
+        ax.axvline(end + 0.5, color="black", lw=1)
+    ax.set_yticks(range(len(partitions)), partitions)
+    ax.set(xlim=(0.5, len(table) + 0.5), ylim=(len(partitions) - 0.5, -0.5), xlabel="depth (candidate layer)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.spines[:].set_visible(False)
+
+
+def agreements(ax: Axes, table: pd.DataFrame) -> None:
+    """How much partitions agree: a dot per pair of partitions, a bar at the mean of each kind. table: columns between,
+    adjusted_rand.
+    """
+    for row, (_, rows) in enumerate(table.groupby("between", sort=False)):
+        ax.scatter(rows["adjusted_rand"], np.full(len(rows), row), s=22, color="#333333", alpha=0.45, lw=0)
+        ax.plot([rows["adjusted_rand"].mean()] * 2, [row - 0.3, row + 0.3], color=COLORS[0], lw=2.5)
+    kinds = table["between"].unique()
+    ax.axvline(0, color=QUIET, lw=0.8, ls="--")
+    ax.set_yticks(range(len(kinds)), kinds)
+    ax.set(xlim=(min(-0.1, table["adjusted_rand"].min() - 0.05), 1.05), ylim=(len(kinds) - 0.5, -0.5))
+    ax.set(xlabel="adjusted Rand index (1: the same clusters, 0: as by chance)")
+
+
 def cross_map(ax: Axes, similarity: pd.DataFrame, title: str, *, colorbar: bool = False) -> None:
     """Heat map of teacher layers (rows) by student layers (columns) on [0, 1]; the most alike teacher layer of each
     column is marked.

@@ -288,10 +288,14 @@ class LayerProfile:
                 f"resample needs the features of all {self.n_images} images and {kept} were kept: call profile_layers "
                 f"with keep_images={self.n_images}, or with chunks=16"
             )
+        numbers = _random_numbers(len(self.parts), max(1, round(fraction * len(self.parts))), generator)
         moments = Moments(self.widths)
-        for number in _random_numbers(len(self.parts), max(1, round(fraction * len(self.parts))), generator):
+        for number in numbers:
             moments.merge(self.parts[number])
-        return LayerProfile(self.layers, moments)
+        if self.features is None:
+            return LayerProfile(self.layers, moments)
+        drawn = np.isin(self.images // CHUNK_ROWS % len(self.parts), numbers.numpy())
+        return LayerProfile(self.layers, moments, self.features[torch.from_numpy(drawn)], self.images[drawn])
 
     def similarity(self, metric: str) -> pd.DataFrame:
         """How alike every two layers are: a symmetric (L, L) table in [0, 1] with unit diagonal, labelled by layer.

@@ -269,6 +269,11 @@ def test_moments_per_chunk_resample_without_any_features(features):
         pd.testing.assert_frame_equal(whole.similarity(metric), plain.similarity(metric), atol=1e-9, rtol=0)
         pd.testing.assert_frame_equal(half.similarity(metric), alone.similarity(metric), atol=1e-9, rtol=0)
     assert "3 chunks" in repr(lean)
+    sampled = profile_layers(FakeTeacher(many), batches(4200, 250), keep_images=900, chunks=3).resample(seeded(4), 2 / 3)
+    drawn = set(sampled.images // 1024)
+    assert drawn == set(kept) and 300 < len(sampled.features) == len(sampled.images) < 900
+    rows = torch.from_numpy(sampled.images)
+    pd.testing.assert_frame_equal(sampled.similarity("rbf_cka"), plain.subset(rows).similarity("rbf_cka"))
 
 
 def test_the_squared_norms_are_moved_to_the_mean_of_all_rows():
