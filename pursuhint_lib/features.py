@@ -8,7 +8,8 @@ where a later in-place operation overwrites that map. Maps come channels first.
 import contextlib
 import copy
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -31,13 +32,22 @@ class FeatureExtractor:
     call, which copies every map once; from then on only maps that were overwritten before are copied, and all
     are checked (by their autograd version).
 
-    Errors: ValueError for a layer that the model does not have or that is named twice; while running, RuntimeError for
-    a layer that never runs or runs more than once, TypeError for one that does not return a tensor.
+    Whatever of the model is compiled (torch.compile) runs uncompiled here, since compiled code does not call hooks.
+
+    Errors, one line each: those of `check_model`; ValueError for a layer that the model does not have, that is named
+    twice, or that lies in a ScriptModule; while running, RuntimeError for a layer that never runs, runs more than once,
+    or does not return a row per image, TypeError for one that does not return a tensor.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        check_model(model)
         self.model = model
-        self.layers = _checked_layers(layers, [name for name, _ in model.named_modules(remove_duplicate=False) if name])
+        self._by_path = dict(model.named_modules(remove_duplicate=False))
+        self.layers = _checked_layers(layers, [name for name in self._by_path if name])
+        for layer in self.layers:
+            if any(isinstance(self._by_path[path], torch.jit.ScriptModule) for path in _path_from_root(layer)):
+                raise ValueError(f"{layer}: lies in a torch.jit.ScriptModule, which no hook can look into")
+        self._compiled = _is_compiled(self._by_path.values())
         self._overwritten: dict[str, bool] = {}  # learnt: which layers' maps do not outlive the forward pass
         self._wanted: set[str] = set()  # empty between calls: the hooks are deaf
         self._captured: dict[str, _Captured] = {}
@@ -55,11 +65,15 @@ class FeatureExtractor:
         wanted = self.layers if layers is None else _checked_layers(layers, self.layers)
         self._wanted = set(wanted)
         try:
-            output = self.model(images)
+            with _uncompiled(self._compiled):
+                output = self.model(images)
             missing = [layer for layer in wanted if layer not in self._captured]
             if missing:
                 raise RuntimeError(f"{', '.join(missing)}: never called in the forward pass, so there is no feature")
-            return output, {layer: self._settled(layer, captured) for layer, captured in self._captured.items()}
+            features = {layer: self._settled(layer, captured) for layer, captured in self._captured.items()}
+            for layer, feature in features.items():
+                _check_rows(layer, feature, images)
+            return output, features
         finally:
             self._wanted, self._captured = set(), {}
 
@@ -79,7 +93,7 @@ class FeatureExtractor:
         return f"FeatureExtractor({type(self.model).__name__}, {len(self.layers)} layers)"
 
     def _hook(self, layer: str) -> torch.utils.hooks.RemovableHandle:
-        module = self.model.get_submodule(layer)
+        module = self._by_path[layer]
         channels_first = _channels_first(module)
 
         # A closure, not a bound method: deepcopy(model) must not drag a copy of this extractor along.
@@ -89,7 +103,8 @@ class FeatureExtractor:
             if layer in self._captured:
                 raise RuntimeError(f"{layer}: called more than once in one forward pass, so its feature is ambiguous")
             if not isinstance(output, Tensor):
-                raise TypeError(f"{layer}: returns {type(output).__name__}, but a feature is one tensor")
+                kind = type(output).__name__
+                raise TypeError(f"{layer}: returns {kind}, but a feature is one tensor: name a layer inside it")
             output = channels_first(output)
             if output.is_inference():  # such tensors keep no version, so there is no other way to be sure
                 self._captured[layer] = _Captured(output, None, output.clone())
@@ -135,12 +150,13 @@ class FrozenTeacher(nn.Module):
     it, and whatever happens to the caller's model later does not change it. It does follow `to(device)`.
 
     model: any module. layers: the module paths that `observe` captures, see FeatureExtractor for the errors.
+    Raises ValueError, one line, for a model that cannot be copied.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
         # Straight into __dict__: as an ordinary attribute the model would be registered, and its parameters shown.
-        self.__dict__["model"] = copy.deepcopy(model).eval().requires_grad_(False)
+        self.__dict__["model"] = _frozen_copy(model)
         self._extract = FeatureExtractor(self.model, layers)
         self._all_modules = list(self.model.modules())
         self.training = False
@@ -187,10 +203,8 @@ def layer_table(model: nn.Module, layers: Sequence[str], image_shape: tuple[int,
 
     Raises the errors of FeatureExtractor, and ValueError where a feature has another number of dimensions.
     """
-    tensor = next(model.parameters(), torch.empty(0))
-    image = torch.zeros(1, *image_shape, device=tensor.device, dtype=tensor.dtype)
-    with _eval_mode(model), torch.no_grad(), FeatureExtractor(model, layers) as extract:
-        _, features = extract(image)
+    with undisturbed(model), FeatureExtractor(model, layers) as extract:
+        _, features = extract(blank_image(model, image_shape))
     table = pd.DataFrame(
         [(layer, *_map_shape(layer, feature)) for layer, feature in features.items()],
         columns=["layer", "channels", "height", "width"],
@@ -201,6 +215,13 @@ def layer_table(model: nn.Module, layers: Sequence[str], image_shape: tuple[int,
     table.insert(2, "depth", range(1, len(table) + 1))
     table["stage_end"] = stage != stage.shift(-1)
     return table
+
+
+def _check_rows(layer: str, feature: Tensor, images: Tensor) -> None:
+    """Raise RuntimeError where tokens come first, say, as from a transformer without batch_first."""
+    if isinstance(images, Tensor) and feature.shape[:1] != images.shape[:1]:
+        shape, n_images = tuple(feature.shape), len(images)
+        raise RuntimeError(f"{layer}: returns shape {shape} for {n_images} images: a feature has a row for each")
 
 
 def _map_shape(layer: str, feature: Tensor) -> tuple[int, int, int]:
@@ -215,28 +236,88 @@ def _map_shape(layer: str, feature: Tensor) -> tuple[int, int, int]:
     raise ValueError(f"{layer}: returns shape {tuple(feature.shape)}; allowed are (B, C, H, W), (B, T, D) and (B, D)")
 
 
+def check_model(model: nn.Module) -> None:
+    """Raise TypeError for what is no plain module, ValueError for one whose weights are not there yet."""
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule) or not isinstance(model, nn.Module):
+        raise TypeError(f"{kind} cannot be looked into: pass a torch.nn.Module (not scripted or traced by torch.jit)")
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{kind}: {name} is lazy and has no value yet: run the model once on a batch")
+
+
+def blank_image(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
+    """Zeros (1, C, H, W), on the device and of the type of the model's weights."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
+
+
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module has its own mode again, also in a half-frozen model."""
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, without autograd and compiled code.
+
+    Afterwards every module has its own mode again, also in a half-frozen model, and random numbers go on as before.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.no_grad(), torch.random.fork_rng(devices), _uncompiled(_is_compiled(model.modules())):
+        for module, _ in modes:
+            module.training = False  # not by eval(), which some models answer by rewriting their weights
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _is_compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of them is what torch.compile returned, or was told to `compile()` itself."""
+    return any("_orig_mod" in module._modules or module._compiled_call_impl for module in modules)
+
+
+def _uncompiled(needed: bool) -> contextlib.AbstractContextManager[Any]:
+    """Inside the block torch.compile has no effect. One switch for all threads, so it is not turned needlessly."""
+    return torch.compiler.set_stance("force_eager") if needed else contextlib.nullcontext()
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    check_model(model)
     try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+        with torch.no_grad():  # else a ScriptModule inside would come back with weights that cannot be frozen
+            twin = copy.deepcopy(model)
+    except Exception as error:  # whatever a foreign module keeps that cannot be copied
+        kind, reason = type(model).__name__, (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{kind} cannot be copied, so it cannot be frozen ({reason})") from error
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    return twin.eval()
+
+
+def _path_from_root(layer: str) -> list[str]:
+    """ "a.b.c" -> ["a", "a.b", "a.b.c"]"""
+    return list(itertools.accumulate(layer.split("."), "{}.{}".format))
 
 
 def _channels_first(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """A function that makes (B, C, H, W) of what `module` returns, should that be (B, H, W, C), as in a Swin.
 
-    Such a module normalizes over its last dimension: it holds a LayerNorm as wide as that one, and none as wide as the
-    second. Everything else passes as it is.
+    What the layers inside make tells the two apart: LayerNorm and Linear have their channels last, convolutions and
+    the other normalizations first. It is (B, H, W, C) where the last dimension is as wide as one of the former makes
+    it, and the second as wide as none of either. Should the second be as wide as one of the former, only LayerNorms
+    count: a squeeze-and-excitation holds Linear layers, and works on (B, C, H, W).
     """
-    normalized = {part.normalized_shape for part in module.modules() if isinstance(part, nn.LayerNorm)}
+    parts = list(module.modules())
+    # Not isinstance: torchvision's LayerNorm2d inherits from LayerNorm, but has its channels first.
+    normalized = {part.normalized_shape[-1] for part in parts if type(part).forward is nn.LayerNorm.forward}
+    last = normalized | {part.out_features for part in parts if isinstance(part, nn.Linear)}
+    first = {part.out_channels for part in parts if isinstance(part, nn.modules.conv._ConvNd)}
+    first |= {part.num_features for part in parts if isinstance(part, nn.modules.batchnorm._NormBase)}
+    first |= {part.num_channels for part in parts if isinstance(part, nn.GroupNorm)}
 
     def channels_first(output: Tensor) -> Tensor:
-        if output.ndim == 4 and (output.shape[3],) in normalized and (output.shape[1],) not in normalized:
+        if output.ndim != 4 or output.shape[1] in first:
+            return output
+        if output.shape[3] in (normalized if output.shape[1] in last else last):
             return output.permute(0, 3, 1, 2)
         return output
 

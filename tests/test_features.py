@@ -5,6 +5,15 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchvision.models.convnext import CNBlock, LayerNorm2d
+from torchvision.models.swin_transformer import (
+    PatchMerging,
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerBlockV2,
+)
+from torchvision.ops import Permute
 
 from pursuhint_lib.features import FeatureExtractor, FrozenTeacher, layer_table
 from pursuhint_lib.models import build_model, candidate_layers, state_hash
@@ -151,12 +160,260 @@ def test_a_layer_used_twice_is_refused():
                 extract(torch.zeros(1, 2))
 
 
-def test_a_layer_without_one_tensor_is_refused():
+def test_a_layer_without_one_tensor_is_refused_but_not_a_model():
+    class Dictionary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.both = nn.Linear(2, 2), Both()
+
+        def forward(self, x):
+            return {"logits": self.both(self.body(x))["twice"]}
+
+    class Both(nn.Module):
+        def forward(self, x):
+            return {"once": x, "twice": x + x}
+
     with (
         FeatureExtractor(nn.Sequential(nn.LSTM(2, 2)), ["0"]) as extract,
-        pytest.raises(TypeError, match="0: returns tuple"),
+        pytest.raises(TypeError, match="0: returns tuple, but a feature is one tensor"),
     ):
         extract(torch.zeros(1, 3, 2))
+    model, images = Dictionary(), torch.ones(3, 2)
+    with FeatureExtractor(model, ["body", "both"]) as extract:
+        with pytest.raises(TypeError, match="both: returns dict, but a feature is one tensor"):
+            extract(images)
+        output, features = extract(images, ["body"])
+    assert torch.equal(output["logits"], 2 * features["body"])
+
+
+def test_a_feature_without_a_row_per_image_is_refused():
+    def transformer(batch_first):
+        return nn.Sequential(nn.TransformerEncoderLayer(4, 1, 4, batch_first=batch_first), nn.Linear(4, 2))
+
+    images = torch.zeros(3, 5, 4)  # three images of five tokens
+    with FeatureExtractor(transformer(batch_first=True), ["0"]) as extract:
+        assert extract(images)[1]["0"].shape == (3, 5, 4)
+    tokens_first = nn.Sequential(Permute([1, 0, 2]), transformer(batch_first=False), Permute([1, 0, 2]))
+    with FeatureExtractor(tokens_first, ["1.0"]) as extract:
+        with pytest.raises(RuntimeError, match=r"1.0: returns shape \(5, 3, 4\) for 3 images") as error:
+            extract(images)
+        assert "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match="2.0: returns shape"):
+        layer_table(nn.Sequential(nn.Flatten(2), *tokens_first), ["2.0"], (5, 2, 2))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_layers_that_hand_on_their_input_or_a_view_of_it_keep_what_they_returned(mode):
+    torch.manual_seed(0)
+    layers = [nn.Identity(), nn.Conv2d(1, 3, 3), nn.Identity(), nn.Dropout(), nn.Flatten(2), nn.ReLU(inplace=True)]
+    model = nn.Sequential(*layers).eval()
+    images = torch.randn(4, 1, 6, 6)
+    expected = model[1](images).detach()
+    with mode(), FeatureExtractor(model, ["0", "1", "2", "3", "4", "5"]) as extract:
+        for _ in range(3):
+            _, features = extract(images)
+            assert list(features) == ["0", "1", "2", "3", "4", "5"]
+            assert torch.equal(features["0"], images)
+            for layer in ("1", "2", "3"):
+                assert torch.equal(features[layer], expected)
+            assert torch.equal(features["4"], expected.flatten(2))
+            assert torch.equal(features["5"], expected.flatten(2).clamp(min=0))
+
+
+def test_one_module_under_two_names_answers_to_both():
+    model = nn.ModuleDict({"first": nn.Linear(2, 2)})
+    model["second"] = model["first"]
+    model.forward = lambda x: model["second"](x)
+    with FeatureExtractor(model, ["second", "first"]) as extract:
+        output, features = extract(torch.ones(3, 2))
+    assert torch.equal(features["first"], output) and torch.equal(features["second"], output)
+    assert layer_table(nn.Sequential(model["first"], nn.ReLU()), ["0", "1"], (1, 3, 2))["depth"].tolist() == [1, 2]
+    chain = nn.Sequential(model["first"], model["second"])
+    with FeatureExtractor(chain, ["0"]) as extract, pytest.raises(RuntimeError, match="0: called more than once"):
+        extract(torch.ones(3, 2))
+
+
+def test_any_list_by_hand_works_at_any_depth_of_nesting():
+    torch.manual_seed(0)
+    model, images = build_model("resnet18", 2).eval(), torch.randn(2, 3, 32, 32)
+    by_hand = ["fc", "layer1", "layer1.0.bn2", "conv1", "layer1.0", "layer2.0.downsample.1", "maxpool"]
+    with torch.no_grad(), FeatureExtractor(model, by_hand) as extract:
+        logits, features = extract(images)
+        stem = model.maxpool(model.relu(model.bn1(model.conv1(images))))
+        expected = {"conv1": model.conv1(images), "maxpool": stem}
+        expected["layer1.0.bn2"] = model.layer1[0].bn2(model.layer1[0].conv2(model.layer1[0].bn1(
+            model.layer1[0].conv1(stem)).relu()))  # fmt: skip
+        expected["layer1.0"], expected["layer1"] = model.layer1[0](stem), model.layer1(stem)
+        expected["layer2.0.downsample.1"] = model.layer2[0].downsample(model.layer1(stem))
+        expected["fc"] = model(images)
+    assert list(features) == list(expected), "a layer that holds another returns after it"
+    for layer, feature in expected.items():
+        torch.testing.assert_close(features[layer], feature, rtol=1e-4, atol=1e-5)
+    with FeatureExtractor(nn.Sequential(nn.ModuleList([model.fc]), nn.Identity()), ["0"]) as extract:
+        with pytest.raises(NotImplementedError):  # the model's own error
+            extract(images)
+        assert torch.equal(extract.model[1](images), images)
+
+
+def test_a_model_half_in_train_mode_learns_what_it_would_learn_without_hooks():
+    torch.manual_seed(0)
+    models = [build_model("resnet8_w4", 3, channels=1).train() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    images, start = torch.randn(4, 1, 8, 8), state_hash(models[0])
+    for model in models:
+        model.stage2.eval()
+    with FeatureExtractor(models[0], ["stage1.0", "stage2.0"]) as extract:
+        logits, _ = extract(images)
+    assert torch.equal(logits, models[1](images))
+    assert state_hash(models[0]) == state_hash(models[1]) != start
+    assert models[0].stage1.training and not models[0].stage2.training
+
+
+# ------------------------------------------------------------------------------------------- where the channels are
+
+
+def swin(block, downsample):
+    """8 channels on a map of (H / 4) x (W / 4), then 16 channels on half of that."""
+    torch.manual_seed(0)
+    sizes = {"patch_size": [4, 4], "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": [4, 4]}
+    return SwinTransformer(**sizes, num_classes=2, block=block, downsample_layer=downsample).eval()
+
+
+SWINS = {"v1": (SwinTransformerBlock, PatchMerging), "v2": (SwinTransformerBlockV2, PatchMergingV2)}
+
+
+@pytest.mark.parametrize("version", SWINS)
+# For 32 and 64 pixels there are as many rows, or columns, as channels somewhere.
+@pytest.mark.parametrize("size", [(32, 32), (32, 64), (64, 32), (64, 64), (96, 96)])
+def test_maps_of_a_swin_come_channels_first_also_where_channels_equal_rows(version, size):
+    model = swin(*SWINS[version])
+    layers = ["features.1.0", "features.1.1", "features.1", "features.2", "features.3.0"]
+    returned = {}
+    for layer in layers:
+        model.get_submodule(layer).register_forward_hook(
+            lambda module, inputs, output, layer=layer: returned.update({layer: output})
+        )
+    height, width = size[0] // 4, size[1] // 4
+    with torch.no_grad(), FeatureExtractor(model, layers) as extract:
+        _, features = extract(torch.randn(2, 3, *size))
+    for layer in layers:
+        channels, shrink = (8, 1) if layer.startswith("features.1") else (16, 2)
+        assert returned[layer].shape == (2, height // shrink, width // shrink, channels), "as torchvision works"
+        assert torch.equal(features[layer], returned[layer].permute(0, 3, 1, 2))
+
+
+class SqueezeExcite(nn.Module):
+    """Linear layers, as wide as the channels, on maps with channels first."""
+
+    def __init__(self, channels, squeezed):
+        super().__init__()
+        self.squeeze, self.excite = nn.Linear(channels, squeezed), nn.Linear(squeezed, channels)
+
+    def forward(self, x):
+        return x * self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        CNBlock(8, layer_scale=1e-6, stochastic_depth_prob=0.0),
+        LayerNorm2d(8),
+        SqueezeExcite(8, squeezed=4),
+        nn.Sequential(nn.Conv2d(8, 8, 1), SqueezeExcite(8, squeezed=16)),
+        nn.GroupNorm(2, 8),
+        nn.Conv2d(8, 8, 1),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+@pytest.mark.parametrize("width", [4, 8, 16])  # 8: as many columns as channels; 4 and 16: as other layers are wide
+def test_maps_with_channels_first_stay_as_they_are(layer, width):
+    torch.manual_seed(0)
+    images = torch.randn(2, 8, 5, width)
+    for maps in (images, images.transpose(2, 3).contiguous(), images.to(memory_format=torch.channels_last)):
+        with FeatureExtractor(nn.Sequential(layer), ["0"]) as extract:
+            output, features = extract(maps)
+        assert torch.equal(features["0"], output) and features["0"].shape == output.shape
+
+
+# --------------------------------------------------------------------------------------------- compiled and scripted
+
+
+class Compiler:
+    """A backend for torch.compile that changes nothing, and counts what it is given to compile and what it runs."""
+
+    def __init__(self):
+        self.compiled = self.ran = 0
+
+    def __call__(self, graph, examples):
+        self.compiled += 1
+
+        def run(*inputs):
+            self.ran += 1
+            return graph.forward(*inputs)
+
+        return run
+
+
+@pytest.mark.parametrize("how", ["returned", "in place", "a part"])
+def test_a_compiled_model_gives_the_features_of_the_plain_one_and_stays_compiled(how):
+    plain, images = tiny()
+    plain.eval()
+    with FeatureExtractor(plain, ["norm", "conv"]) as extract:
+        logits, expected = extract(images)
+
+    compiler, model, prefix = Compiler(), copy.deepcopy(plain), ""
+    if how == "returned":
+        model, prefix = torch.compile(model, backend=compiler, fullgraph=True), "_orig_mod."
+    elif how == "in place":
+        model.compile(backend=compiler, fullgraph=True)
+    else:
+        model.norm = torch.compile(model.norm, backend=compiler)
+    model(images)  # before there are any hooks
+    layers, before = [f"{prefix}norm", f"{prefix}conv"], compiler.compiled
+    assert before >= 1
+    teacher = FrozenTeacher(model, layers)
+    with FeatureExtractor(model, layers) as extract:
+        for _ in range(2):
+            output, features = extract(images)
+            assert list(features) == layers[::-1] == list(teacher.observe(images).features)
+            for layer in ("norm", "conv"):
+                torch.testing.assert_close(features[prefix + layer], expected[layer])
+                torch.testing.assert_close(teacher.observe(images).features[prefix + layer], expected[layer])
+            torch.testing.assert_close(output, logits)
+    assert layer_table(model, layers, (1, 6, 6))["layer"].tolist() == layers[::-1]
+    assert compiler.compiled == before, "nothing was compiled for the extraction"
+    ran = compiler.ran
+    model(images)
+    assert compiler.ran > ran, "and it runs compiled again"
+
+
+def look_at_table(model, layers):
+    return layer_table(model, layers, (1, 6, 6))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_what_torch_jit_made_is_refused_where_no_hook_can_look():
+    model, images = tiny()
+    for scripted in (torch.jit.script(model), torch.jit.trace(model, images)):
+        for look in (FeatureExtractor, FrozenTeacher, look_at_table):
+            with pytest.raises(TypeError, match="cannot be looked into: pass a torch.nn.Module") as error:
+                look(scripted, ["conv"])
+            assert "\n" not in str(error.value)
+    part = nn.Sequential(torch.jit.script(model), nn.Linear(2, 2))
+    for layer in ("0", "0.conv"):
+        with pytest.raises(ValueError, match=f"{layer}: lies in a torch.jit.ScriptModule"):
+            FeatureExtractor(part, [layer])
+    teacher = FrozenTeacher(part, ["1"])  # the rest is as good as any
+    assert torch.equal(teacher.observe(images).logits, part.eval()(images))
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_other_things_than_modules_and_lazy_modules_are_refused():
+    with pytest.raises(TypeError, match="function cannot be looked into"):
+        FeatureExtractor(lambda images: images, [])
+    for look in (FeatureExtractor, FrozenTeacher, look_at_table):
+        with pytest.raises(ValueError, match="Sequential: 0.weight is lazy and has no value yet"):
+            look(nn.Sequential(nn.LazyLinear(3)), ["0"])
 
 
 def test_copying_a_hooked_model_leaves_the_extractor_alone():
@@ -214,6 +471,14 @@ def test_training_the_callers_model_does_not_reach_the_teacher():
     assert state_hash(model) != before == state_hash(teacher.model)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_a_model_that_cannot_be_copied_is_refused_in_one_line():
+    model = nn.utils.weight_norm(nn.Linear(2, 2))  # keeps a weight that is a result, not a leaf
+    with pytest.raises(ValueError, match="Linear cannot be copied, so it cannot be frozen .*weight_norm") as error:
+        FrozenTeacher(model, [])
+    assert "\n" not in str(error.value)
+
+
 def test_a_teacher_observes_a_part_of_its_layers_and_follows_its_holder():
     teacher = FrozenTeacher(build_model("wrn_16_1", 3), ["stage2.0", "stage3.1"])
     nn.ModuleList([teacher]).to(torch.float64)
@@ -258,9 +523,19 @@ def test_the_dry_run_changes_no_buffer_and_restores_every_mode():
     layer_table(model, ["conv"], (1, 6, 6))
     with pytest.raises(RuntimeError, match="unused"):
         layer_table(model, ["unused"], (1, 6, 6))
+    random_state = torch.get_rng_state()
+    layer_table(nn.Sequential(model, nn.Dropout()), ["0.conv"], (1, 6, 6))
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert state_hash(model) == before
     assert [module.training for module in model.modules()] == modes
     assert n_hooks(model) == 0
+
+
+def test_the_blank_image_has_the_type_of_the_weights():
+    model = nn.Sequential(nn.Embedding(2, 2), nn.Conv2d(1, 2, 1).double())
+    model[0] = nn.ParameterList([nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False)])
+    model.forward = lambda images: model[1](images)
+    assert layer_table(model, ["1"], (1, 3, 4))[["channels", "height", "width"]].values.tolist() == [[2, 3, 4]]
 
 
 def test_tokens_and_vectors_count_as_maps_of_one_row_and_one_pixel():

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pursuhint_lib.features import FeatureExtractor
+from pursuhint_lib.features import FeatureExtractor, FrozenTeacher, layer_table
 from pursuhint_lib.models import MODELS, build_model, candidate_layers, load_model, save_model, state_hash
 from pursuhint_lib.models.resnet_cifar import BasicBlock
 from pursuhint_lib.models.wrn_cifar import PreActivationBlock
@@ -122,30 +122,94 @@ def test_an_activated_candidate_is_the_positive_part_of_the_one_before_activatio
         torch.testing.assert_close(features[activated], features[raw].clamp(min=0), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "count", "first", "last"),
-    [
-        ("resnet18", 8, "layer1.0", "layer4.1"),
-        ("resnet34", 16, "layer1.0", "layer4.2"),
-        ("vgg13_bn", 5, "features.5", "features.33"),
-        ("alexnet", 3, "features.1", "features.11"),
-        ("mobilenet_v3_small", 11, "features.1", "features.11"),
-        ("efficientnet_b0", 16, "features.1.0", "features.7.0"),
-        ("shufflenet_v2_x0_5", 16, "stage2.0", "stage4.3"),
-        ("regnet_y_400mf", 16, "trunk_output.block1.block1-0", "trunk_output.block4.block4-5"),
-        ("densenet121", 4, "features.denseblock1", "features.denseblock4"),
-        ("convnext_tiny", 18, "features.1.0", "features.7.2"),
-        ("vit_b_16", 12, "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11"),
-        ("swin_t", 12, "features.1.0", "features.7.1"),
-    ],
-)
-def test_candidates_of_torchvision_networks_are_their_blocks_or_stages(name, count, first, last):
-    layers = candidate_layers(build_model(name, 2))
-    assert (len(layers), layers[0], layers[-1]) == (count, first, last)
+# Torchvision's networks by the tables of their papers: first and last candidate, and for the last block of every stage
+# its number, channels and width, for images of 224 pixels (inception_v3: 299).
+FAMILIES = {
+    "resnet18": ("layer1.0", "layer4.1", [(2, 64, 56), (4, 128, 28), (6, 256, 14), (8, 512, 7)]),
+    "resnet34": ("layer1.0", "layer4.2", [(3, 64, 56), (7, 128, 28), (13, 256, 14), (16, 512, 7)]),
+    "wide_resnet50_2": ("layer1.0", "layer4.2", [(3, 256, 56), (7, 512, 28), (13, 1024, 14), (16, 2048, 7)]),
+    "vgg13": (
+        "features.3", "features.23", [(1, 64, 224), (2, 128, 112), (3, 256, 56), (4, 512, 28), (5, 512, 14)],
+    ),
+    "vgg13_bn": (
+        "features.5", "features.33", [(1, 64, 224), (2, 128, 112), (3, 256, 56), (4, 512, 28), (5, 512, 14)],
+    ),
+    "alexnet": ("features.1", "features.11", [(1, 64, 55), (2, 192, 27), (3, 256, 13)]),
+    "squeezenet1_1": ("features.3", "features.12", [(2, 128, 55), (4, 256, 27), (6, 384, 13), (8, 512, 13)]),
+    "densenet121": (
+        "features.denseblock1", "features.denseblock4", [(1, 256, 56), (2, 512, 28), (3, 1024, 14), (4, 1024, 7)],
+    ),
+    "googlenet": (
+        "inception3a",
+        "inception5b",
+        [(1, 256, 28), (2, 480, 28), (5, 512, 14), (6, 528, 14), (7, 832, 14), (8, 832, 7), (9, 1024, 7)],
+    ),
+    "inception_v3": ("Mixed_5b", "Mixed_7c", [(1, 256, 35), (3, 288, 35), (8, 768, 17), (9, 1280, 8), (11, 2048, 8)]),
+    "mobilenet_v2": (
+        "features.1",
+        "features.17",
+        [(1, 16, 112), (3, 24, 56), (6, 32, 28), (10, 64, 14), (13, 96, 14), (16, 160, 7), (17, 320, 7)],
+    ),
+    "mobilenet_v3_small": (
+        "features.1", "features.11", [(1, 16, 56), (3, 24, 28), (6, 40, 14), (8, 48, 14), (11, 96, 7)],
+    ),
+    "mobilenet_v3_large": (
+        "features.1",
+        "features.15",
+        [(1, 16, 112), (3, 24, 56), (6, 40, 28), (10, 80, 14), (12, 112, 14), (15, 160, 7)],
+    ),
+    "mnasnet1_0": (
+        "layers.8.0",
+        "layers.13.0",
+        [(3, 24, 56), (6, 40, 28), (9, 80, 14), (11, 96, 14), (15, 192, 7), (16, 320, 7)],
+    ),
+    "efficientnet_b0": (
+        "features.1.0",
+        "features.7.0",
+        [(1, 16, 112), (3, 24, 56), (5, 40, 28), (8, 80, 14), (11, 112, 14), (15, 192, 7), (16, 320, 7)],
+    ),
+    "efficientnet_v2_s": (
+        "features.1.0",
+        "features.6.14",
+        [(2, 24, 112), (6, 48, 56), (10, 64, 28), (16, 128, 14), (25, 160, 14), (40, 256, 7)],
+    ),
+    "shufflenet_v2_x1_0": ("stage2.0", "stage4.3", [(4, 116, 28), (12, 232, 14), (16, 464, 7)]),
+    "regnet_x_400mf": (
+        "trunk_output.block1.block1-0",
+        "trunk_output.block4.block4-11",
+        [(1, 32, 56), (3, 64, 28), (10, 160, 14), (22, 400, 7)],
+    ),
+    "regnet_y_400mf": (
+        "trunk_output.block1.block1-0",
+        "trunk_output.block4.block4-5",
+        [(1, 48, 56), (4, 104, 28), (10, 208, 14), (16, 440, 7)],
+    ),
+    "convnext_tiny": ("features.1.0", "features.7.2", [(3, 96, 56), (6, 192, 28), (15, 384, 14), (18, 768, 7)]),
+    "vit_b_16": ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11", [(12, 768, 14 * 14 + 1)]),
+    "vit_b_32": ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11", [(12, 768, 7 * 7 + 1)]),
+    "swin_t": ("features.1.0", "features.7.1", [(2, 96, 56), (4, 192, 28), (10, 384, 14), (12, 768, 7)]),
+    "swin_v2_t": ("features.1.0", "features.7.1", [(2, 96, 56), (4, 192, 28), (10, 384, 14), (12, 768, 7)]),
+    "maxvit_t": ("blocks.0", "blocks.3", [(1, 64, 56), (2, 128, 28), (3, 256, 14), (4, 512, 7)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_candidates_of_torchvision_networks_are_the_blocks_of_their_papers(name):
+    first, last, stages = FAMILIES[name]
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # shapes only; a RegNet cannot be built so
+        model = build_model(name, 2)
+    layers = candidate_layers(model)
+    assert (layers[0], layers[-1], len(layers)) == (first, last, stages[-1][0])
+    size = 299 if name == "inception_v3" else 224
+    table = layer_table(model.to("meta"), layers, (3, size, size))
+    assert table["layer"].tolist() == layers, "execution order"
+    ends = table[table["stage_end"]]
+    assert list(zip(ends["depth"], ends["channels"], ends["width"])) == stages
 
 
 def test_candidates_of_a_vgg_are_after_the_relu_or_before_it():
-    model = build_model("vgg11_bn", 2)
+    with torch.device("meta"):
+        model = build_model("vgg11_bn", 2)
     after = [model.get_submodule(layer) for layer in candidate_layers(model)]
     before = [model.get_submodule(layer) for layer in candidate_layers(model, before_activation=True)]
     assert {type(module) for module in after} == {nn.ReLU} and len(after) == 5
@@ -194,8 +258,243 @@ def test_a_forward_pass_that_cannot_be_traced_is_ordered_by_a_dry_run():
     model = Untraceable()
     with pytest.raises(ValueError, match="Untraceable.*pass image_shape"):
         candidate_layers(model)
-    model.unused = nn.Identity()
     assert candidate_layers(model, image_shape=(2, 4, 4)) == ORDER
+    with pytest.raises(ValueError, match="Untraceable cannot take an image of 3x4x4 .*3 channels") as error:
+        candidate_layers(model, image_shape=(3, 4, 4))
+    assert "\n" not in str(error.value)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Looped(nn.Module):
+    """Runs some of its blocks by number, in the order of `path`; with a flag and a mask that are left alone."""
+
+    def __init__(self, *blocks, path=None):
+        super().__init__()
+        self.head, self.blocks, self.stem = nn.Linear(2, 2), nn.ModuleList(blocks), nn.Conv2d(2, 2, 1)
+        self.path = range(len(blocks)) if path is None else path
+
+    def forward(self, x, mask=None, headless=False):
+        x = self.stem(x)
+        if mask is not None:
+            x = x * mask
+        for number in self.path:
+            x = self.blocks[number](x)
+        return x if headless else self.head(x.mean((2, 3)))
+
+
+class OtherBlock(Block):
+    pass
+
+
+class Stage(nn.Module):
+    def __init__(self, *blocks):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x):
+        return self.blocks(x)
+
+
+class ConvBlock(nn.Module):
+    """One weight layer, and an activation without a name."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).relu()
+
+
+class WithAuxiliaryHeads(nn.Module):
+    """Two heads, more outside than the blocks, that run in train mode only."""
+
+    def __init__(self):
+        super().__init__()
+        self.head1, self.head2, self.body = OtherBlock(), OtherBlock(), Looped(Block(), Block())
+
+    def forward(self, x):
+        if self.training:
+            x = self.head2(self.head1(x))
+        return self.body(x)
+
+
+class Functional(nn.Module):
+    """LeNet's kind: activations and poolings are functions. Declared in the reverse of execution order."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc2, self.fc1 = nn.Linear(4, 2), nn.Linear(3, 4)
+        self.norm2, self.conv2, self.conv1 = nn.BatchNorm2d(3), nn.Conv2d(2, 3, 1), nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.conv1(x).relu(), 2)
+        x = self.norm2(self.conv2(x)).relu().mean((2, 3))
+        return self.fc2(self.fc1(x).relu())
+
+
+class FlatTransformer(nn.Module):
+    """Attention and weights in lists of their own, without blocks. Attention returns a pair."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.ModuleList(nn.MultiheadAttention(2, 1, batch_first=True) for _ in range(2))
+        self.mix = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        for attention, mix in zip(self.attention, self.mix):
+            x = mix(attention(x, x, x)[0])
+        return self.mix[2](x.mean(1))
+
+
+def twice_the_same_object():
+    model = Looped(Block(), Block(), Block())
+    model.another_name = model.blocks[0]
+    return nn.Sequential(model)
+
+
+def sequential(*layers):
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
+
+
+def conv():
+    return nn.Conv2d(2, 2, 1)
+
+
+def one_relu_for_all(relu):
+    return sequential(conv(), relu, conv(), nn.BatchNorm2d(2), relu, conv(), nn.ReLU())
+
+
+def one_relu_for_all_stages(relu):
+    return sequential(conv(), relu, nn.MaxPool2d(1), conv(), relu, nn.MaxPool2d(1), conv(), nn.BatchNorm2d(2), relu)
+
+
+def weight_normed():
+    return nn.utils.parametrizations.weight_norm(conv())
+
+
+OWN_MODULES = {  # name -> (model, candidates)
+    "blocks in a ModuleList loop": (lambda: Looped(Block(), Block(), Block()), ["blocks.0", "blocks.1", "blocks.2"]),
+    "not in order of declaration": (lambda: Looped(Block(), Block(), path=[1, 0]), ["blocks.1", "blocks.0"]),
+    "one block never runs": (lambda: Looped(Block(), Block(), Block(), path=[0, 2]), ["blocks.0", "blocks.2"]),
+    "one block runs twice": (lambda: Looped(Block(), Block(), Block(), path=[0, 1, 1, 2]), ["blocks.0", "blocks.2"]),
+    "two classes alternate": (
+        lambda: Looped(Block(), OtherBlock(), Block(), OtherBlock()), ["blocks.0", "blocks.1", "blocks.2", "blocks.3"],
+    ),
+    "a class of its own between": (
+        lambda: Looped(OtherBlock(), Block(), Stage(Block(), Block()), Block()), ["blocks.1", "blocks.2", "blocks.3"],
+    ),
+    "nested: the outer level": (
+        lambda: Looped(Stage(Block(), Block()), Stage(Block(), Block())), ["blocks.0", "blocks.1"],
+    ),
+    "nested: one outer block": (
+        lambda: Looped(Stage(Block(), Block())), ["blocks.0.blocks.0", "blocks.0.blocks.1"],
+    ),
+    "nested: outer blocks run only in training": (WithAuxiliaryHeads, ["body.blocks.0", "body.blocks.1"]),
+    "one block under two names": (twice_the_same_object, ["0.blocks.0", "0.blocks.1", "0.blocks.2"]),
+    "blocks of one weight layer": (lambda: sequential(ConvBlock(), ConvBlock(), ConvBlock()), ["0", "1", "2"]),
+    "blocks that torch wrote": (
+        lambda: nn.Sequential(
+            nn.Flatten(2), *[nn.TransformerEncoderLayer(16, 1, 8, batch_first=True) for _ in range(2)]
+        ),
+        ["1", "2"],
+    ),
+    "a wrapper of torch": (lambda: nn.DataParallel(Looped(Block(), Block())), ["module.blocks.0", "module.blocks.1"]),
+    "a chain": (
+        lambda: sequential(conv(), nn.BatchNorm2d(2), nn.ReLU(), conv(), nn.Dropout(), nn.ReLU(), conv(), nn.GELU()),
+        ["2", "5", "7"],
+    ),
+    "a chain of linear layers": (
+        lambda: nn.Sequential(
+            nn.Flatten(), nn.Identity(), nn.Linear(32, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
+        ),
+        ["3", "5"],
+    ),
+    "a chain with two poolings": (
+        lambda: sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), conv(), conv(), nn.ReLU(), nn.MaxPool2d(2)),
+        ["1", "3", "5"],
+    ),
+    "a chain with three stages": (
+        lambda: sequential(
+            conv(), nn.ReLU(), nn.MaxPool2d(1),
+            conv(), conv(), nn.ReLU(), nn.MaxPool2d(1),
+            conv(), nn.Dropout(), nn.ELU(),
+        ),
+        ["1", "5", "9"],
+    ),
+    "a chain with one ReLU for all": (lambda: one_relu_for_all(nn.ReLU()), ["0", "3", "6"]),
+    "stages with one ReLU for all": (lambda: one_relu_for_all_stages(nn.ReLU()), ["0", "3", "7"]),
+    "a functional forward": (Functional, ["conv1", "norm2", "fc1"]),
+    "attention without blocks": (FlatTransformer, ["mix.0", "mix.1"]),
+    "weights with a parametrization": (
+        lambda: sequential(weight_normed(), nn.ReLU(), weight_normed(), nn.ReLU()), ["1", "3"],
+    ),
+    "a graph, which runs no blocks": (
+        lambda: torch.fx.symbolic_trace(Looped(Block(), Block()), {"mask": None, "headless": False}),
+        ["stem", "blocks.0.a", "blocks.0.b", "blocks.1.a", "blocks.1.b"],
+    ),
+    "compiled": (
+        lambda: torch.compile(Looped(Block(), Block()), backend="eager"),
+        ["_orig_mod.blocks.0", "_orig_mod.blocks.1"],
+    ),
+    "compiled blocks": (
+        lambda: Looped(*[torch.compile(Block(), backend="eager") for _ in range(2)]), ["blocks.0", "blocks.1"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["traced", "dry run"])
+@pytest.mark.parametrize("name", OWN_MODULES)
+def test_candidates_of_modules_of_ones_own(name, dry):
+    torch.manual_seed(0)
+    build, expected = OWN_MODULES[name]
+    model = build().train()
+    layers = candidate_layers(model, image_shape=(2, 4, 4) if dry else None)
+    assert layers == expected
+    observation = FrozenTeacher(model, layers).observe(torch.randn(3, 2, 4, 4))
+    assert list(observation.features) == layers, "each runs once, in this order"
+    assert layer_table(model, layers, (2, 4, 4))["layer"].tolist() == layers
+
+
+def test_a_chain_has_candidates_before_its_activations_too():
+    model, expected = OWN_MODULES["a chain"]
+    assert candidate_layers(model(), before_activation=True) == ["1", "3", "6"]
+    assert candidate_layers(Functional(), before_activation=True) == ["conv1", "norm2", "fc1"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (lambda: Looped(Block(), path=[0, 0]), "Looped has no two blocks or .* by hand, from head, blocks, stem"),
+        (lambda: nn.Linear(2, 2), r"Linear has no two .* by hand, from \(nothing\)"),
+        (lambda: nn.Sequential(conv(), nn.Identity(), conv()), "Sequential has no two .* by hand, from 0, 1, 2"),
+        (lambda: Looped(torch.jit.script(Block()), torch.jit.script(Block())), "Looped has no two .* by hand"),
+        (lambda: torch.jit.script(Block()), r"RecursiveScriptModule .* pass a torch.nn.Module"),
+        (lambda: {"layer": conv()}, "dict cannot be looked into: pass a torch.nn.Module"),
+        (lambda: nn.Sequential(nn.LazyConv2d(2, 1), nn.ReLU()), "Sequential: 0.weight is lazy.* run the model once"),
+        (lambda: nn.Sequential(nn.LazyBatchNorm2d(affine=False)), "Sequential: 0.running_mean is lazy"),
+    ],
+)
+def test_what_cannot_be_listed_is_refused_in_one_line(model, expected):
+    with pytest.raises((ValueError, TypeError), match=expected) as error:
+        candidate_layers(model())
+    assert "\n" not in str(error.value)
+
+
+def test_tracing_and_dry_run_draw_no_random_numbers_of_the_callers_and_do_not_call_eval():
+    class Noisy(Looped):
+        def forward(self, x):
+            return super().forward(x + torch.randn(2, 1, 1))
+
+        def train(self, mode=True):
+            raise AssertionError("some models answer eval() by rewriting their weights")
+
+    model, before = Noisy(Block(), Block()), torch.get_rng_state()
+    assert candidate_layers(model) == candidate_layers(model, image_shape=(2, 4, 4)) == ["blocks.0", "blocks.1"]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
 
 
 def test_finding_candidates_leaves_the_model_as_it_was():
@@ -209,25 +508,18 @@ def test_finding_candidates_leaves_the_model_as_it_was():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_a_model_without_repeated_blocks_asks_for_layers_by_hand():
-    class Plain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
-
-    with pytest.raises(ValueError, match="Plain.*by hand.*body, head"):
-        candidate_layers(Plain())
-    with pytest.raises(ValueError, match="before the last activation"):
+def test_the_value_before_the_last_activation_of_a_block_has_no_name():
+    with pytest.raises(ValueError, match="before the last activation has no name in Reversed"):
         candidate_layers(Reversed(), before_activation=True)
 
 
-def test_a_chain_without_a_last_pooling_still_has_its_last_stage():
-    chain = nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout(), nn.AvgPool2d(2),
-        nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3, 2),
-    )  # fmt: skip
-    assert candidate_layers(chain) == ["2", "8"]
-    assert candidate_layers(chain, before_activation=True) == ["1", "7"]
+def test_auxiliary_heads_of_torchvision_are_no_candidates_in_either_mode():
+    for name, last in (("googlenet", "inception5b"), ("inception_v3", "Mixed_7c")):
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name, init_weights=False)  # with heads, as torchvision builds it
+        for training in (True, False):
+            layers = candidate_layers(model.train(training))
+            assert layers[-1] == last and not any("aux" in layer.lower() for layer in layers)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_ones():
