@@ -120,7 +120,7 @@ def _kmedoids(distance: np.ndarray, n_clusters: int) -> Partition:
     """Partitioning around medoids (Kaufman & Rousseeuw 1987): start by BUILD, then the best swap while one helps.
 
     Lowers sum_i min_k d(i, medoid_k) to a local minimum: no exchange of one medoid for another layer lowers it further.
-    Centers are the medoids. Nothing is random.
+    Centers are the medoids, the shallowest of equals. Nothing is random.
     """
     import kmedoids  # a compiled library that only this method needs
 
@@ -130,7 +130,14 @@ def _kmedoids(distance: np.ndarray, n_clusters: int) -> Partition:
     medoids = np.sort(kmedoids.pam(distance, np.array(start)).medoids.astype(int))
     labels = _nearest_center(distance, medoids)
     labels[medoids] = np.arange(n_clusters)  # also where two medoids are exactly equal
-    return Partition(labels, medoids, cycle=[], n_rounds=1)
+    # Of two layers either is the medoid. To take the other changes no cluster: where it did, a swap would have helped.
+    centers = np.array([_medoid(np.flatnonzero(labels == k), distance) for k in range(n_clusters)])
+    return Partition(labels, centers, cycle=[], n_rounds=1)
+
+
+def _medoid(members: np.ndarray, distance: np.ndarray) -> int:
+    """The member with the least total distance to the members; the shallower of equals."""
+    return int(members[distance[np.ix_(members, members)].sum(0).argmin()])
 
 
 def _settled(labels: np.ndarray, n_clusters: int) -> Partition:
@@ -150,7 +157,7 @@ METHODS: dict[str, Callable[[np.ndarray, int], Partition]] = {
 
 REPRESENTATIVES: dict[str, Callable[[np.ndarray, int, np.ndarray], int]] = {
     "center": lambda members, center, distance: int(center),
-    "medoid": lambda members, center, distance: int(members[distance[np.ix_(members, members)].sum(0).argmin()]),
+    "medoid": lambda members, center, distance: _medoid(members, distance),
     "first": lambda members, center, distance: int(members[0]),
     "last": lambda members, center, distance: int(members[-1]),
 }
