@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import pandas as pd
 import torch
 from torch import nn
 
+from pursuhint_lib.controls import ControlTeacher
 from pursuhint_lib.data import Batches
 from pursuhint_lib.features import FrozenTeacher
 from pursuhint_lib.hints import HintPair, HintPoints, pair_layers
-from pursuhint_lib.learners import Distilled, Hint, balance_hints
+from pursuhint_lib.learners import Distilled, Hint, balance_hints, feature_key
 from pursuhint_lib.methods import METHODS
 from pursuhint_lib.models import load_model, save_model, state_hash
 from pursuhint_lib.params import DistillStudents
@@ -36,8 +37,9 @@ TIMING_COLUMNS = ["seconds", "finished"]  # the only ones that differ between eq
 class Arm:
     """One way to train the student.
 
-    same_as names an earlier arm with the same method and the same pairs (two strategies chose the same layers):
-    such an arm is not trained, its results are the other's.
+    same_as names an earlier arm with the same method, the same pairs and the same `redrawn` (two strategies chose the
+    same layers): such an arm is not trained, its results are the other's.
+    redrawn: M > 0: of the pairs, candidates all of them, M teach at every step, drawn anew, see `learners.Hint`.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Arm:
     strategy: str
     pairs: tuple[HintPair, ...] = ()
     same_as: str = ""
+    redrawn: int = 0
 
 
 def study_arms(
@@ -58,14 +61,24 @@ def study_arms(
     for method in methods:
         for strategy, points in hint_points.items():
             pairs = tuple(pair_layers(points, teacher_table, student_table))
-            twin = next((arm.name for arm in arms if arm.method == method and arm.pairs == pairs), "")
-            arms.append(Arm(f"{method}_{strategy}", method, strategy, pairs, twin))
+            arm = Arm(f"{method}_{strategy}", method, strategy, pairs, redrawn=points.redrawn)
+            twin = next((earlier.name for earlier in arms if _training(earlier) == _training(arm)), "")
+            arms.append(replace(arm, same_as=twin))
     return arms
 
 
+def _training(arm: Arm) -> tuple:
+    """What decides the arm's students: arms that agree in it have the same."""
+    return arm.method, arm.pairs, arm.redrawn
+
+
 def pair_table(arms: Sequence[Arm], teacher_table: pd.DataFrame, student_table: pd.DataFrame) -> pd.DataFrame:
-    """One row per arm and hint: arm, hint (from 1), teacher_layer, student_layer, teacher_shape, student_shape
-    (CxHxW).
+    """Which teacher layer speaks to which student layer: one row per arm and pair.
+
+    Columns: arm; hint, the number of the student layer among those that are taught (from 1); teacher_layer,
+    student_layer; teacher_shape, student_shape (CxHxW); source, whose features (`hints.SOURCES`); redrawn, 0 where the
+    pair teaches at every step. A redrawn arm has a row for every pair that can be drawn, of which `redrawn` teach at a
+    time: each of its hints has several rows.
     """
     shapes = {
         role: {row.layer: f"{row.channels}x{row.height}x{row.width}" for row in table.itertuples()}
@@ -74,27 +87,41 @@ def pair_table(arms: Sequence[Arm], teacher_table: pd.DataFrame, student_table: 
     rows = [
         {
             "arm": arm.name,
-            "hint": number,
+            "hint": hint,
             "teacher_layer": pair.teacher_layer,
             "student_layer": pair.student_layer,
             "teacher_shape": shapes["teacher"][pair.teacher_layer],
             "student_shape": shapes["student"][pair.student_layer],
+            "source": pair.source,
+            "redrawn": arm.redrawn,
         }
         for arm in arms
-        for number, pair in enumerate(arm.pairs, start=1)
+        for hint, pair in _numbered_pairs(arm)
     ]
-    return pd.DataFrame(
-        rows, columns=["arm", "hint", "teacher_layer", "student_layer", "teacher_shape", "student_shape"]
-    )
+    columns = ["arm", "hint", "teacher_layer", "student_layer", "teacher_shape", "student_shape", "source", "redrawn"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _numbered_pairs(arm: Arm) -> list[tuple[int, HintPair]]:
+    """The arm's pairs with the number of their hint, those left out that are never drawn."""
+    if not arm.redrawn:
+        return list(enumerate(arm.pairs, start=1))
+    # Of L layers, drawn in order, the i-th of M (from 0) is one of i .. L - M + i: no other pair can come up.
+    most = len(arm.pairs) // arm.redrawn - arm.redrawn
+    places = [divmod(number, arm.redrawn) for number in range(len(arm.pairs))]
+    return [(i + 1, pair) for (layer, i), pair in zip(places, arm.pairs, strict=True) if 0 <= layer - i <= most]
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What all arms of a study share: images, a frozen teacher, the layer tables, the recipe."""
+    """What all arms of a study share: images, a frozen teacher, the layer tables, the recipe.
+
+    Arms whose pairs have another source than "trained" need a ControlTeacher, see `controls.control_teacher`.
+    """
 
     params: DistillStudents
     images: StudyImages
-    teacher: FrozenTeacher
+    teacher: FrozenTeacher | ControlTeacher
     teacher_table: pd.DataFrame
     student_table: pd.DataFrame
     device: torch.device
@@ -114,7 +141,10 @@ class Distillation:
         """A fresh student of `seed` with the arm's hints, weighed as the parameters say.
 
         With balance "gradient" the weights are set on the first four batches of epoch 0, see `learners.balance_hints`.
+        Redrawn arms of one seed draw the same layers at the same step, whatever their method.
+        Raises ValueError, one line, for a source of hints that the teacher does not have.
         """
+        self._check_sources(arm)
         published = METHODS[arm.method].published_weight if arm.pairs else 0.0
         weight = self.params.hint_weights.get(arm.method, published)
         learner = Distilled(
@@ -122,7 +152,7 @@ class Distillation:
             ce_weight=self.params.ce_weight,
             kd_weight=self.params.kd_weight,
             temperature=self.params.temperature,
-            hints=[Hint(arm.method, arm.pairs, weight)] if arm.pairs else [],
+            hints=[Hint(arm.method, arm.pairs, weight, arm.redrawn)] if arm.pairs else [],
             teacher_table=self.teacher_table,
             student_table=self.student_table,
             seed=seed,
@@ -136,15 +166,30 @@ class Distillation:
 
     def key(self, arm: Arm) -> str:
         """Hash of all that decides the arm's students but the seed, see `training_key`."""
+        self._check_sources(arm)
+        control = {"redrawn": arm.redrawn} if arm.redrawn else {}
+        if any(pair.source == "untrained" for pair in arm.pairs):
+            # Its weights alone: its batch-norm statistics follow from them and from the facts below, though their last
+            # bits differ between kinds of CPU, and a finished student should be known again on another.
+            control["untrained"] = state_hash(nn.ParameterList(self.teacher.untrained.model.parameters()))
         names = {"student", "ce_weight", "kd_weight", "temperature", "balance", "hint_share", "hint_weights"}
         return training_key(
             method=arm.method,
-            pairs=[asdict(pair) for pair in arm.pairs],
+            pairs=[_pair_facts(pair) for pair in arm.pairs],
+            **control,
             teacher=state_hash(self.teacher.model),
             schedule=asdict(self.schedule),
             **self.params.model_dump(include=names),
             **training_facts(self.params, self.images, self.params.batch_size, self.device, self.dtype),
         )
+
+    def _check_sources(self, arm: Arm) -> None:
+        sources = sorted({pair.source for pair in arm.pairs} - {"trained"})
+        if sources and not isinstance(self.teacher, ControlTeacher):
+            raise ValueError(
+                f"arm {arm.name!r} takes hints of source {sources[0]!r}, which a {type(self.teacher).__name__} does "
+                "not have: make the teacher with controls.control_teacher"
+            )
 
     def train(self, arms: Sequence[Arm], folder: Path) -> pd.DataFrame:
         """Train every arm that is not `same_as` another, seed by seed in lockstep, and keep the students in `folder`.
@@ -173,6 +218,13 @@ class Distillation:
         return pd.concat(histories, ignore_index=True)
 
 
+def _pair_facts(pair: HintPair) -> dict[str, str]:
+    facts = asdict(pair)
+    if pair.source == "trained":
+        del facts["source"]  # so that pairs which have no part in the controls keep the facts that they always had
+    return facts
+
+
 def training_key(**facts: Any) -> str:
     """Hash of everything that decides a trained network: the given facts (JSON-able), the training code, torch's
     version.
@@ -183,7 +235,7 @@ def training_key(**facts: Any) -> str:
 
 def _code_hash() -> str:
     here = Path(__file__).parent
-    names = ["arms", "data", "features", "hints", "learners", "losses", "methods", "study", "training"]
+    names = ["arms", "controls", "data", "features", "hints", "learners", "losses", "methods", "study", "training"]
     files = [here / f"{name}.py" for name in names] + sorted((here / "models").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -198,8 +250,8 @@ def check_trained(history: pd.DataFrame, parameter: str) -> None:
     failed = history[history["status"] == "failed"]
     for row in failed.itertuples():
         raise ValueError(
-            f"{row.arm} seed {row.seed}: the loss was no longer finite in epoch {row.epoch}; lower {parameter}, delete its "
-            "file below networks/ and run again"
+            f"{row.arm} seed {row.seed}: the loss was no longer finite in epoch {row.epoch}; lower {parameter}, delete "
+            "its file below networks/ and run again"
         )
 
 
@@ -226,7 +278,7 @@ def train_and_keep(
     batches: Batches,
     schedule: Schedule,
     *,
-    teacher: FrozenTeacher | None = None,
+    teacher: FrozenTeacher | ControlTeacher | None = None,
     validation: Batches,
     progress: Progress,
     dtype: torch.dtype = torch.float32,
@@ -355,7 +407,8 @@ def log_students(run: StageRun, arms: Sequence[Arm], histories: pd.DataFrame, di
     params = distillation.params
     for arm in arms:
         if not arm.same_as:
-            hint_points = ", ".join(pair.teacher_layer for pair in arm.pairs)
+            keys = [feature_key(pair) for pair in arm.pairs]
+            hint_points = f"{arm.redrawn} drawn of {', '.join(dict.fromkeys(keys))}" if arm.redrawn else ", ".join(keys)
             facts = {
                 "network": params.student,
                 "teacher": params.teacher,

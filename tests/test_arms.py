@@ -1,6 +1,8 @@
 """Arms: which there are, that each is trained once and kept, and that an interruption costs nothing."""
 
+import copy
 import dataclasses
+import itertools
 import shutil
 
 import pandas as pd
@@ -12,6 +14,7 @@ from pursuhint_lib.arms import (
     Arm,
     Distillation,
     kept_file,
+    log_students,
     pair_table,
     split_timings,
     student_table_rows,
@@ -19,6 +22,7 @@ from pursuhint_lib.arms import (
     train_and_keep,
     training_key,
 )
+from pursuhint_lib.controls import ControlTeacher, control_teacher
 from pursuhint_lib.features import FrozenTeacher, layer_table
 from pursuhint_lib.hints import HintPoints
 from pursuhint_lib.learners import Supervised
@@ -44,6 +48,16 @@ def distillation(images):
     teacher, student = (fresh_network(name, images, 5) for name in (PARAMS.teacher, PARAMS.student))
     tables = [layer_table(net, candidate_layers(net), images.shape) for net in (teacher, student)]
     return Distillation(PARAMS, images, FrozenTeacher(teacher, list(tables[0]["layer"])), *tables, CPU, F32)
+
+
+@pytest.fixture(scope="module")
+def controlled(distillation, images):
+    """The same study with a deeper teacher, of which a draw has a choice, and one that can give control hints."""
+    teacher = fresh_network("resnet14_w8", images, 5)
+    table = layer_table(teacher, candidate_layers(teacher), images.shape)
+    params = PARAMS.model_copy(update={"teacher": "resnet14_w8"})
+    frozen = control_teacher(teacher, list(table["layer"]), params, images)
+    return dataclasses.replace(distillation, params=params, teacher=frozen, teacher_table=table)
 
 
 POINTS = {
@@ -225,3 +239,163 @@ def test_a_network_that_diverged_is_one_line_with_what_to_change():
     history = pd.DataFrame([{"arm": "teacher", "seed": 0, "epoch": 3, "status": "failed"}])
     with pytest.raises(ValueError, match="teacher seed 0: .* epoch 3; lower teacher_learning_rate"):
         arms_module.check_trained(history, "teacher_learning_rate")
+
+
+# ---- Control arms ----
+
+
+def control_arms(setting, methods=("at",)):
+    layers = ["stage1.0", "stage2.0", "stage3.0"]
+    points = {
+        "fixed": HintPoints("fixed", layers),
+        "untrained": HintPoints("untrained", layers, source="untrained"),
+        "shuffled": HintPoints("shuffled", layers, source="shuffled"),
+        "redrawn": HintPoints("redrawn", list(setting.teacher_table["layer"]), redrawn=3),
+    }
+    return study_arms(points, methods, setting.teacher_table, setting.student_table)
+
+
+def test_arms_of_the_same_layers_are_twins_only_if_source_and_redrawing_agree_as_well(distillation):
+    # resnet8 has three candidate layers: a draw of three is always all of them, but of nine pairs.
+    same = HintPoints("again", ["stage1.0", "stage2.0", "stage3.0"], source="shuffled")
+    arms = control_arms(distillation)
+    assert not any(arm.same_as for arm in arms)
+    assert [(arm.name, arm.redrawn) for arm in arms if arm.redrawn] == [("at_redrawn", 3)]
+    points = {"shuffled": same, "again": same}
+    again = study_arms(points, ["at"], distillation.teacher_table, distillation.student_table)
+    assert [arm.same_as for arm in again] == ["", "", "at_shuffled"]
+    pairs = {"a": HintPoints("a", ["stage3.0"]), "b": HintPoints("b", ["stage3.0"], redrawn=1)}
+    a, b = study_arms(pairs, ["at"], distillation.teacher_table, distillation.student_table)[1:]
+    assert a.pairs == b.pairs and not b.same_as
+
+
+def test_the_pair_table_tells_the_source_and_of_redrawn_arms_every_pair_that_can_be_drawn(controlled):
+    arms = control_arms(controlled)
+    table = pair_table(arms, controlled.teacher_table, controlled.student_table)
+    assert table.groupby("arm")["source"].unique().map(list).to_dict() == {
+        "at_fixed": ["trained"],
+        "at_untrained": ["untrained"],
+        "at_shuffled": ["shuffled"],
+        "at_redrawn": ["trained"],
+    }
+    assert (table.loc[table["arm"] != "at_redrawn", "redrawn"] == 0).all()
+    redrawn = table[table["arm"] == "at_redrawn"]
+    assert (redrawn["redrawn"] == 3).all()
+    layers, points = list(controlled.teacher_table["layer"]), ["stage1.0", "stage2.0", "stage3.0"]
+    possible = {
+        (hint, layer, points[hint - 1])
+        for draw in itertools.combinations(layers, 3)
+        for hint, layer in enumerate(draw, start=1)
+    }
+    rows = list(redrawn[["hint", "teacher_layer", "student_layer"]].itertuples(index=False, name=None))
+    assert set(rows) == possible and len(rows) == len(possible) == 12
+
+
+def facts_of_key(setting, arm, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(arms_module, "training_key", lambda **facts: facts)
+        return setting.key(arm)
+
+
+def test_the_training_key_tells_control_arms_apart_and_is_for_others_what_it_was(
+    distillation, controlled, images, monkeypatch
+):
+    arms = {arm.strategy: arm for arm in control_arms(controlled)}
+    assert len({controlled.key(arm) for arm in arms.values()}) == len(arms)
+    fixed = facts_of_key(controlled, arms["fixed"], monkeypatch)
+    assert fixed["pairs"][0] == {"teacher_layer": "stage1.0", "student_layer": "stage1.0"}
+    assert not {"redrawn", "untrained"} & set(fixed)
+    assert controlled.key(dataclasses.replace(arms["redrawn"], redrawn=2)) != controlled.key(arms["redrawn"])
+    plain = dataclasses.replace(controlled, teacher=controlled.teacher.teacher)
+    assert plain.key(arms["fixed"]) == controlled.key(arms["fixed"])
+    # Another untrained network: other students for the arm that it teaches, the same for the rest.
+    other = fresh_network("resnet14_w8", images, 77)
+    layers = controlled.teacher.teacher.layers
+    teacher = ControlTeacher(controlled.teacher.teacher, FrozenTeacher(other, layers))
+    changed = dataclasses.replace(controlled, teacher=teacher)
+    differing = {name for name, arm in arms.items() if changed.key(arm) != controlled.key(arm)}
+    assert differing == {"untrained"}
+    # Last bits of what was measured: the same students.
+    measured = copy.deepcopy(controlled.teacher)
+    measured.untrained.model.bn1.running_var *= 1 + 1e-6
+    assert dataclasses.replace(controlled, teacher=measured).key(arms["untrained"]) == controlled.key(arms["untrained"])
+
+
+def test_a_teacher_without_the_source_is_refused_in_one_line_before_anything_is_trained(distillation, tmp_path):
+    arms = control_arms(distillation)
+    for call in (lambda: distillation.train(arms, tmp_path), lambda: distillation.learner(arms[2], 0)):
+        with pytest.raises(ValueError, match="'at_untrained' takes .* 'untrained'.*control_teacher") as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("networks/*"))
+
+
+def test_control_arms_start_from_the_same_weights_with_the_same_adapters(controlled):
+    arms = {arm.strategy: arm for arm in control_arms(controlled, ["fitnet"])}
+    learners = {name: controlled.learner(arm, 1) for name, arm in arms.items() if arm.pairs}
+    assert len({state_hash(learner.model) for learner in learners.values()}) == 1
+    adapters = {name: state_hash(learner.adapters) for name, learner in learners.items()}
+    assert adapters["fixed"] == adapters["untrained"] == adapters["shuffled"]
+    assert len(learners["redrawn"].adapters) == 18
+    weights = {name: tuple(learner.hint_weights.tolist()) for name, learner in learners.items()}
+    assert len(set(weights.values())) == 4  # each arm is balanced with its own features
+
+
+def test_every_control_trains_to_a_student_of_its_own_and_no_teacher_changes(controlled, tmp_path):
+    arms = control_arms(controlled, ["fitnet"])
+    before = state_hash(controlled.teacher.model), state_hash(controlled.teacher.untrained.model)
+    history = controlled.train(arms, tmp_path)
+    assert (state_hash(controlled.teacher.model), state_hash(controlled.teacher.untrained.model)) == before
+    assert history.groupby("arm").size().to_dict() == {arm.name: 4 for arm in arms}
+    assert (history["status"] == "trained").all()
+    students = {path.name: state_hash(load_model(path)[0]) for path in tmp_path.glob("networks/*-s1.safetensors")}
+    assert len(set(students.values())) == len(students) == len(arms) == 5
+    rows = student_table_rows(history, arms)
+    assert set(rows["arm"]) == {arm.name for arm in arms}
+    hinted = history[history["arm"] != "kd"]
+    assert (hinted["hint"] > 0).all() and (hinted["hint_share"] > 0).all()
+
+
+def test_interrupted_and_resumed_control_arms_give_the_same_bytes(controlled, tmp_path, monkeypatch):
+    controlled = dataclasses.replace(controlled, params=controlled.params.model_copy(update={"seeds": [1]}))
+    arms = [arm for arm in control_arms(controlled, ["fitnet"]) if arm.strategy in ("redrawn", "untrained")]
+    whole = controlled.train(arms, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, 1)
+        controlled.train(arms, tmp_path / "cut")
+    assert list((tmp_path / "cut").glob("checkpoints/*.ckpt"))
+    fresh = dataclasses.replace(controlled, teacher=copy.deepcopy(controlled.teacher))
+    resumed = fresh.train(arms, tmp_path / "cut")
+    pd.testing.assert_frame_equal(split_timings(whole)[0], split_timings(resumed)[0])
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "cut")
+
+
+def test_redrawn_arms_give_the_same_bytes_in_threads_and_alone(controlled, tmp_path):
+    params = controlled.params.model_copy(update={"seeds": [0]})
+    controlled = dataclasses.replace(controlled, params=params)
+    arms = [arm for arm in control_arms(controlled, ["at", "fitnet"]) if arm.redrawn]
+    controlled.train(arms, tmp_path / "turn")
+    threaded = dataclasses.replace(controlled, params=params.model_copy(update={"workers": 3}))
+    threaded.train(arms, tmp_path / "threads")
+    assert bytes_of(tmp_path / "turn") == bytes_of(tmp_path / "threads")
+    controlled.train(arms[1:], tmp_path / "alone")
+    for name, content in bytes_of(tmp_path / "alone").items():
+        assert bytes_of(tmp_path / "turn")[name] == content
+
+
+def test_the_record_of_a_control_arm_says_where_its_hints_come_from(controlled, tmp_path):
+    arms = control_arms(controlled)
+    logged = {}
+
+    class Run:
+        def log_trained_model(self, *, arm, params, **rest):
+            logged[arm] = params["hint_points"]
+
+    log_students(Run(), arms, pd.DataFrame(), controlled)
+    assert logged == {
+        "kd": "none",
+        "at_fixed": "stage1.0, stage2.0, stage3.0",
+        "at_untrained": "untrained/stage1.0, untrained/stage2.0, untrained/stage3.0",
+        "at_shuffled": "shuffled/stage1.0, shuffled/stage2.0, shuffled/stage3.0",
+        "at_redrawn": "3 drawn of stage1.0, stage1.1, stage2.0, stage2.1, stage3.0, stage3.1",
+    }

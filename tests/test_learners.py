@@ -1,13 +1,16 @@
-"""Learners on tiny networks: terms, weights, adapters, balance."""
+"""Learners on tiny networks: terms, weights, adapters, balance, hints of other sources, redrawn hints."""
+
+from collections import Counter
+from itertools import combinations
 
 import pytest
 import torch
 from torch import nn
 
 from pursuhint_lib.data import Batch
-from pursuhint_lib.features import FrozenTeacher, layer_table
+from pursuhint_lib.features import FrozenTeacher, Observation, layer_table
 from pursuhint_lib.hints import HintPair
-from pursuhint_lib.learners import Distilled, Hint, Supervised, balance_hints, gradient_norms, seeded
+from pursuhint_lib.learners import Distilled, Hint, Supervised, balance_hints, feature_key, gradient_norms, seeded
 from pursuhint_lib.losses import at_loss, cls_loss, hint_mse, kd_loss
 from pursuhint_lib.models import state_hash
 
@@ -121,7 +124,7 @@ def test_balanced_pairs_have_equal_gradients_that_sum_to_the_share_of_the_others
     weights = balance_hints(learner, [batch], [seen], share=0.8)
     after = learner.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before if name != "hint_weights")
-    _, cls, kd, hints = learner._terms(batch, seen)
+    _, cls, kd, hints = learner._terms(batch, seen, range(2))
     base = norm_of(learner, 0.3 * cls + 0.7 * kd)
     for weight, hint in zip(weights, hints, strict=True):
         assert norm_of(learner, weight * hint) == pytest.approx(0.8 / 2 * base, rel=1e-4)
@@ -161,3 +164,157 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_students_learned_from_it(
     assert state_hash(frozen.model) == before
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held.isdisjoint(id(p) for p in frozen.model.parameters())
+
+
+# ---- Hints of other sources ----
+
+
+def test_a_pair_is_taught_by_the_feature_of_its_source_and_the_logits_by_the_teacher():
+    student, _, tables, batch, seen = scene()
+    pairs = [HintPair("first", "second", "untrained"), HintPair("first", "second"), HintPair("second", "first", "odd")]
+    assert list(map(feature_key, pairs)) == ["untrained/first", "first", "odd/second"]
+    learner = distilled(student, tables, [Hint("at", pairs, 2.0)])
+    assert learner.teacher_layers == ("untrained/first", "first", "odd/second")
+    generator = torch.Generator().manual_seed(1)
+    features = {
+        key: torch.randn(shape, generator=generator)
+        for key, shape in (("untrained/first", (5, 6, 8, 8)), ("first", (5, 6, 8, 8)), ("odd/second", (5, 12, 4, 4)))
+    }
+    terms = learner.losses(batch, Observation(seen.logits, features))
+    first = student.first(batch.images)
+    second = student.second(first)
+    pool = nn.functional.adaptive_avg_pool2d
+    hints = [at_loss(second, pool(features[key], 4)) for key in ("untrained/first", "first")]
+    hints.append(at_loss(pool(first, 4), features["odd/second"]))
+    assert float(terms["hint_part"].detach()) == pytest.approx(2 * float(sum(hints).detach()))
+    assert torch.equal(terms["kd"], kd_loss(terms["logits"], seen.logits, 4.0))
+    norms = gradient_norms(learner, batch, Observation(seen.logits, features))
+    assert list(norms)[2:] == ["untrained/first -> second", "first -> second", "odd/second -> first"]
+
+
+# ---- Redrawn hints ----
+
+POOL = ["a", "b", "c", "d"]
+POINTS = ["first", "second"]
+
+
+class Deep(nn.Module):
+    """A pool of four maps of equal shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (
+            nn.Sequential(nn.Conv2d(width, 4, 3, padding=1), nn.ReLU()) for width in (1, 4, 4, 4)
+        )
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.d(self.c(self.b(self.a(x)))).mean((2, 3)))
+
+
+def redrawn_scene(method="at", seed=0, weight=1.0):
+    """A learner whose two points are taught by two of four layers, drawn anew; a batch and what the teacher sees."""
+    with seeded(11):
+        teacher, student = Deep(), Net(2)
+        batch = Batch(torch.randn(5, *SHAPE), torch.tensor([0, 1, 2, 0, 1]), torch.arange(5))
+    tables = {"teacher_table": layer_table(teacher, POOL, SHAPE), "student_table": layer_table(student, POINTS, SHAPE)}
+    pairs = [HintPair(layer, point) for layer in POOL for point in POINTS]
+    learner = distilled(student, tables, [Hint(method, pairs, weight, redrawn=2)], seed=seed)
+    return learner, batch, FrozenTeacher(teacher, POOL).observe(batch.images)
+
+
+def drawn(learner, batch, seen, steps):
+    """Which pairs had a gradient in so many steps: a set of (teacher layer, student layer) each."""
+    marked = []
+    for _ in range(steps):
+        learner.hint_weights.requires_grad_(True).grad = None
+        learner.losses(batch, seen)["loss"].backward()
+        told = learner.hint_weights.grad.nonzero().flatten().tolist()
+        marked.append(tuple((learner.pairs[i].teacher_layer, learner.pairs[i].student_layer) for i in told))
+    return marked
+
+
+def test_at_every_step_the_points_are_taught_by_layers_drawn_anew_in_order_of_depth_and_all_draws_are_as_likely():
+    draws = Counter(drawn(*redrawn_scene(), steps=300))
+    expected = {tuple(zip(layers, POINTS)) for layers in combinations(POOL, 2)}
+    assert set(draws) == expected  # all six subsets, the shallower layer for the shallower point
+    # Of 300 draws of one in six: 50 each, standard deviation 6.5; four of them are 26.
+    assert all(24 <= count <= 76 for count in draws.values())
+
+
+def test_a_draw_depends_on_seed_and_step_alone():
+    first = drawn(*redrawn_scene(seed=3), steps=12)
+    torch.manual_seed(8)
+    before = torch.get_rng_state()
+    assert drawn(*redrawn_scene("fitnet", seed=3), steps=12) == first  # whatever the method, whatever else is drawn
+    assert torch.equal(before, torch.get_rng_state())
+    assert len(set(first)) > 3
+    other = drawn(*redrawn_scene(seed=4), steps=12)
+    assert other != first and other[:-1] != first[1:]  # nor are seeds the same draws a step later
+
+
+def test_the_step_is_part_of_the_state_and_a_learner_without_redrawn_hints_has_none():
+    learner, batch, seen = redrawn_scene()
+    whole = drawn(learner, batch, seen, 10)
+    begun, *_ = redrawn_scene()
+    assert drawn(begun, batch, seen, 4) == whole[:4]
+    resumed, *_ = redrawn_scene()
+    resumed.load_state_dict(begun.state_dict())
+    assert drawn(resumed, batch, seen, 6) == whole[4:]
+    student, _, tables, batch, seen = scene()
+    plain = distilled(student, tables, [Hint("at", CROSSED, 1.0)])
+    assert set(plain.state_dict()) == {"hint_weights"} | {f"model.{name}" for name in student.state_dict()}
+    assert plain.losses(batch, seen)["loss"].isfinite() and plain.step is None
+
+
+def test_hint_is_the_mean_and_hint_part_the_weighted_sum_of_the_pairs_that_teach():
+    learner, batch, seen = redrawn_scene()
+    weights = {pair: 1.0 + i for i, pair in enumerate(learner.pairs)}
+    learner.hint_weights.copy_(torch.tensor(list(weights.values())))
+    pool = nn.functional.adaptive_avg_pool2d
+    for teaching in drawn(*redrawn_scene(), steps=4):
+        terms = {name: term.detach() for name, term in learner.losses(batch, seen).items()}
+        first = learner.model.first(batch.images)
+        second = learner.model.second(first)
+        (shallow, _), (deep, _) = teaching
+        hints = [at_loss(first, seen.features[shallow]), at_loss(second, pool(seen.features[deep], 4))]
+        part = sum(weights[HintPair(*pair)] * float(hint.detach()) for pair, hint in zip(teaching, hints))
+        assert float(terms["hint"]) == pytest.approx(float(sum(hints).detach()) / 2)
+        assert float(terms["hint_part"]) == pytest.approx(part)
+        assert float(terms["loss"]) == pytest.approx(float(0.3 * terms["cls"] + 0.7 * terms["kd"]) + part)
+
+
+def test_balanced_redrawn_pairs_have_the_share_of_those_that_teach_at_one_time_and_nothing_is_drawn():
+    learner, batch, seen = redrawn_scene("fitnet")
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    weights = balance_hints(learner, [batch], [seen], share=0.8)
+    heard = gradient_norms(learner, batch, seen)
+    after = learner.state_dict()
+    assert len(weights) == 8 and int(learner.step) == 0
+    assert all(torch.equal(before[name], after[name]) for name in before if name != "hint_weights")
+    _, cls, kd, _ = learner._terms(batch, seen, [])
+    base = norm_of(learner, 0.3 * cls + 0.7 * kd)
+    expected = {f"{layer} -> {point}": 0.8 / 2 * base for layer in POOL for point in POINTS}
+    assert {name: heard[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert set(heard) == set(expected) | {"cls", "kd"}
+
+
+def test_adapters_that_rest_have_a_gradient_of_zero_so_that_the_optimizer_can_step_all_of_them():
+    learner, batch, seen = redrawn_scene("fitnet")
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.1, momentum=0.9, fused=True)
+    told = set()
+    for _ in range(6):
+        optimizer.zero_grad(set_to_none=True)
+        learner.losses(batch, seen)["loss"].backward()
+        norms = [float(adapter.regressor[0].weight.grad.norm()) for adapter in learner.adapters]
+        teaching = tuple(i for i, norm in enumerate(norms) if norm > 0)
+        assert len(teaching) == 2 and teaching[0] % 2 == 0 and teaching[1] % 2 == 1
+        told.add(teaching)
+        optimizer.step()
+    assert len(told) > 1
+
+
+@pytest.mark.parametrize("pairs, redrawn", [(3, 2), (2, 2)])
+def test_pairs_that_are_no_pool_with_every_point_are_refused(pairs, redrawn):
+    with pytest.raises(ValueError, match=f"'at': {pairs} pairs are not 2 student layers with each layer of a pool"):
+        Hint("at", [HintPair("a", "first")] * pairs, 1.0, redrawn)
