@@ -377,6 +377,8 @@ def _linear_cka_table(profile: LayerProfile) -> Tensor:
 
 
 def _linear_cka_debiased_table(profile: LayerProfile) -> Tensor:
+    # A dead channel counts in the squared norms, whose sum was kept: nothing in float32 features, whose dead channels do
+    # not vary at all, but seen in float64 ones with a mean of 1e7 times their spread.
     if profile.n_images < 4:
         raise ValueError(f"linear_cka_debiased needs four images and the profile is of {profile.n_images}")
     scatter = _live_scatter(profile)

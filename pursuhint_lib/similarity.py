@@ -59,11 +59,13 @@ def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> Tensor:
 def without_bias(product: Tensor, diagonals: Tensor, traces: Tensor, n_images: int) -> Tensor:
     """HSIC without bias, times N (N - 3), of two centered linear kernels; elementwise.
 
-    Song et al. 2012 (JMLR 13, eq. 5) for K = xx' and L = yy'. As x and y are centered, K1 = 0, and what the formula asks
-    of K and L without their diagonals comes down to product = ||y'x||_F^2 = tr(KL), diagonals = sum_n K_nn L_nn and
-    traces = tr(K) tr(L).
+    Song et al. 2012 (JMLR 13, eq. 5) for K = xx' and L = yy'. As x and y are centered, K1 = 0, and what the formula
+    asks of K and L without their diagonals comes down to product = ||y'x||_F^2 = tr(KL), diagonals = sum_n K_nn L_nn
+    and traces = tr(K) tr(L). What is only rounding of `product` is 0: of a layer that a single image activates, nothing
+    else would be left.
     """
-    return product - diagonals * n_images / (n_images - 2) + traces / ((n_images - 1) * (n_images - 2))
+    unbiased = product - diagonals * n_images / (n_images - 2) + traces / ((n_images - 1) * (n_images - 2))
+    return torch.where(unbiased.abs() > 1e-12 * product, unbiased, 0)
 
 
 def rbf_cka(x: Tensor, y: Tensor, *, bandwidth: float = 1.0) -> Tensor:

@@ -707,3 +707,16 @@ def test_debiased_cka_needs_four_images():
         linear_cka(x, y, debiased=True)
     with pytest.raises(ValueError, match="4|four"):
         LayerProfile.from_features({"x": x, "y": y}).similarity("linear_cka_debiased")
+
+
+@pytest.mark.parametrize("n", [4, 20, 300])
+def test_debiased_cka_of_layers_that_one_image_alone_wakes_is_0(n):
+    """Such a kernel has nothing but its diagonal left, once centered for debiasing: 0/0, and that is 0, not rounding."""
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        x, y = np.zeros((n, 3)), np.zeros((n, 2))
+        x[rng.integers(n)], y[rng.integers(n)] = rng.normal(size=3), rng.normal(size=2)
+        layers = {"x": x + rng.normal(size=3), "y": y, "z": rng.normal(size=(n, 4))}
+        table = library_table("linear_cka_debiased", layers)
+        for a, b in itertools.combinations(layers, 2):
+            assert library("linear_cka_debiased", layers[a], layers[b]) == table.loc[a, b] == 0, (a, b)
