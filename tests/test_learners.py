@@ -314,7 +314,7 @@ def test_adapters_that_rest_have_a_gradient_of_zero_so_that_the_optimizer_can_st
     assert len(told) > 1
 
 
-@pytest.mark.parametrize("pairs, redrawn", [(3, 2), (2, 2)])
+@pytest.mark.parametrize("pairs, redrawn", [(5, 2), (2, 2)])
 def test_pairs_that_are_no_pool_with_every_point_are_refused(pairs, redrawn):
     with pytest.raises(ValueError, match=f"'at': {pairs} pairs are not 2 student layers with each layer of a pool"):
         Hint("at", [HintPair("a", "first")] * pairs, 1.0, redrawn)
