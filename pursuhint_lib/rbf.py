@@ -69,49 +69,50 @@ def _mean_squared_distance(z: Tensor) -> float:
 
 
 def _order_statistics(z: Tensor, ranks: list[int]) -> dict[int, float]:
-    """rank -> the squared distance of that rank (from 0) among the N (N - 1) / 2 pairs of rows."""
+    """rank -> the squared distance of that rank (from 0) among the N (N - 1) / 2 pairs of rows.
+
+    Distances are counted up to where the ranks must be and kept only there: about one in a hundred, more only where
+    very many pairs are equally far apart.
+    """
     n, distances = len(z), _Distances(z)
-    pairs = n * (n - 1) // 2
     rounding = 1e-12 * _mean_squared_distance(z)  # equal rows are so far apart at most: their distance counts as 0
-    low, high = -np.inf, np.inf
+    low, high = 0.0, np.inf
     margin = 4 * 0.5 / SAMPLED_DISTANCES**0.5  # four standard deviations of a sampled quantile near the median
     while True:
-        if pairs > FEW_DISTANCES:
-            low, high = _bracket(z, ranks, margin, rounding)
-        below = at_low = at_high = 0
-        between = []
+        if n * (n - 1) // 2 > FEW_DISTANCES:
+            low, high = _bracket(z, ranks, margin)
+        low = max(low, rounding)
+        below, between = 0, []
         for rows, columns in _upper_tiles(n, _tile_side(1, 512)):
             tile = distances.tile(rows, columns)
-            values = tile[torch.triu_indices(*tile.shape, 1, device=z.device).unbind()] if rows == columns else tile
-            values = values.flatten()
-            values = torch.where(values > rounding, values, 0)
-            below += int((values < low).sum())
-            # Counted, not kept: a distance that very many pairs share must not fill the memory.
-            at_low += int((values == low).sum())
-            at_high += int((values == high).sum()) if high > low else 0
-            between.append(values[(values > low) & (values < high)].cpu().numpy())
+            if rows == columns:
+                tile = tile[torch.triu_indices(*tile.shape, 1, device=z.device).unbind()]
+            above = tile > low
+            below += tile.numel() - int(above.sum())
+            between.append(tile[above.logical_and_(tile <= high)].cpu().numpy())
         between = np.concatenate(between)
-        if all(below <= rank < below + at_low + len(between) + at_high for rank in ranks):
+        small_enough = low == rounding  # what lies below is then 0, and known
+        if all((below <= rank or small_enough) and rank < below + len(between) for rank in ranks):
             break
         margin *= 4  # an unlucky sample; a bracket of margin 1 or more holds everything
-    inside = {rank: rank - below - at_low for rank in ranks}
-    if wanted := [i for i in inside.values() if 0 <= i < len(between)]:
+    inside = {rank: rank - below for rank in ranks}
+    if wanted := [i for i in inside.values() if i >= 0]:
         between.partition(wanted)
-    return {rank: low if i < 0 else float(between[i]) if i < len(between) else high for rank, i in inside.items()}
+    return {rank: float(between[i]) if i >= 0 else 0.0 for rank, i in inside.items()}
 
 
-def _bracket(z: Tensor, ranks: list[int], margin: float, rounding: float) -> tuple[float, float]:
+def _bracket(z: Tensor, ranks: list[int], margin: float) -> tuple[float, float]:
     """Two values between which the distances of these ranks very probably lie, from a seeded sample of pairs."""
     pairs, generator = len(z) * (len(z) - 1) // 2, torch.Generator().manual_seed(0)
     a = torch.randint(len(z), (SAMPLED_DISTANCES,), generator=generator)
     b = (a + torch.randint(1, len(z), (SAMPLED_DISTANCES,), generator=generator)) % len(z)
     sampled = torch.cat([(z[i] - z[j]).square().sum(1) for i, j in zip(a.split(20_000), b.split(20_000))])
-    sampled = np.sort(torch.where(sampled > rounding, sampled, 0).cpu().numpy())
+    sampled = np.sort(sampled.cpu().numpy())
     low, high = (int((rank / pairs + step) * len(sampled)) for rank, step in ((ranks[0], -margin), (ranks[-1], margin)))
-    # A sampled distance and the same one in a tile may differ by rounding; exact zeros do not.
+    # A sampled distance and the same one in a tile may differ by rounding, hence the last factor.
     return (
-        float(sampled[low] - rounding * (sampled[low] > 0)) if low > 0 else -np.inf,
-        float(sampled[high] + rounding * (sampled[high] > 0)) if high < len(sampled) else np.inf,
+        float(sampled[low]) * (1 - 1e-9) if low > 0 else 0.0,
+        float(sampled[high]) * (1 + 1e-9) if high < len(sampled) else np.inf,
     )
 
 
