@@ -30,7 +30,9 @@ class FeatureExtractor:
 
     Cost: no copies, but of layers that a later in-place operation overwrites. Which those are is learnt from the first
     call, which copies every map once; from then on only maps that were overwritten before are copied, and all
-    are checked (by their autograd version).
+    are checked (by their autograd version). What is left is the memory that all the maps take together: without a
+    place in the cache, and new from the system at every batch, it can take longer than the hooks by far. Where a part
+    of every map will do, such as its mean, `reduce` takes it while the map is still warm, and lets the map go.
 
     Whatever of the model is compiled (torch.compile) runs uncompiled here, since compiled code does not call hooks.
 
@@ -50,20 +52,28 @@ class FeatureExtractor:
         self._compiled = _is_compiled(self._by_path.values())
         self._overwritten: dict[str, bool] = {}  # learnt: which layers' maps do not outlive the forward pass
         self._wanted: set[str] = set()  # empty between calls: the hooks are deaf
+        self._reduce: Callable[[Tensor], Tensor] | None = None
         self._captured: dict[str, _Captured] = {}
         self._handles = [self._hook(layer) for layer in self.layers]
         self._closed = False
 
-    def __call__(self, images: Tensor, layers: Sequence[str] | None = None) -> tuple[Any, dict[str, Tensor]]:
+    def __call__(
+        self,
+        images: Tensor,
+        layers: Sequence[str] | None = None,
+        *,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Any, dict[str, Tensor]]:
         """The model's output, unchanged, and layer name -> tensor in execution order.
 
         layers: capture only these, a part of the extractor's layers. None: all of them.
+        reduce: a function of one feature that returns what to keep of it, still with a row per image: `pool_features`.
         images (B, C, H, W); features (B, C, H, W) for maps, (B, T, D) for tokens, (B, D) for vectors.
         """
         if self._closed:
             raise RuntimeError("this FeatureExtractor is closed: call it inside its with block, or make a new one")
         wanted = self.layers if layers is None else _checked_layers(layers, self.layers)
-        self._wanted = set(wanted)
+        self._wanted, self._reduce = set(wanted), reduce
         try:
             with _uncompiled(self._compiled):
                 output = self.model(images)
@@ -75,7 +85,7 @@ class FeatureExtractor:
                 _check_rows(layer, feature, images)
             return output, features
         finally:
-            self._wanted, self._captured = set(), {}
+            self._wanted, self._reduce, self._captured = set(), None, {}
 
     def close(self) -> None:
         """Remove all hooks. Calling it again does nothing."""
@@ -106,11 +116,13 @@ class FeatureExtractor:
                 kind = type(output).__name__
                 raise TypeError(f"{layer}: returns {kind}, but a feature is one tensor: name a layer inside it")
             output = channels_first(output)
+            copied = self._overwritten.get(layer, True)
+            if self._reduce is not None:
+                output, copied = self._reduce(output), True  # it may be a view of the map; a copy of it costs little
             if output.is_inference():  # such tensors keep no version, so there is no other way to be sure
                 self._captured[layer] = _Captured(output, None, output.clone())
             else:
-                clone = output.clone() if self._overwritten.get(layer, True) else None
-                self._captured[layer] = _Captured(output, output._version, clone)
+                self._captured[layer] = _Captured(output, output._version, output.clone() if copied else None)
 
         return module.register_forward_hook(capture)
 
@@ -123,7 +135,8 @@ class FeatureExtractor:
             # Only a model that changes its path between calls comes here.
             self._overwritten[layer] = True
             raise RuntimeError(f"{layer}: overwritten in place, but not so in earlier calls: extract this batch again")
-        self._overwritten[layer] = overwritten or self._overwritten.get(layer, False)
+        if self._reduce is None:
+            self._overwritten[layer] = overwritten or self._overwritten.get(layer, False)
         return captured.clone if overwritten else captured.tensor
 
 
@@ -166,15 +179,22 @@ class FrozenTeacher(nn.Module):
         """The layers that `observe` captures, as given."""
         return list(self._extract.layers)
 
-    def observe(self, images: Tensor, layers: Sequence[str] | None = None) -> Observation:
+    def observe(
+        self,
+        images: Tensor,
+        layers: Sequence[str] | None = None,
+        *,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> Observation:
         """Logits and features of images (B, C, H, W), normalized as the teacher was trained.
 
         layers: capture only these, a part of the teacher's layers. None: all of them.
+        reduce: what to keep of each feature, as in FeatureExtractor.
         """
         if any(module.training for module in self._all_modules):  # somebody reached in through `.model`
             self.model.eval()
         with torch.no_grad():  # not inference_mode: a student's loss may save these tensors for its backward pass
-            logits, features = self._extract(images, layers)
+            logits, features = self._extract(images, layers, reduce=reduce)
         return Observation(logits, features)
 
     def train(self, mode: bool = True) -> Self:

@@ -1,6 +1,7 @@
 """Features are what the layers returned, whatever comes after them; a teacher stays what it was."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -125,6 +126,53 @@ def test_gradients_through_a_copied_feature_equal_those_without_in_place_operati
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
     assert any(gradient.abs().sum() > 0 for gradient in gradients[0])
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_is_kept_of_a_feature_is_taken_before_anything_overwrites_it(mode):
+    model, images = tiny()
+    model.eval()
+    reference = model.norm(model.conv(images)).detach()
+    with mode(), FeatureExtractor(model, ["norm", "relu"]) as extract:
+        for reduce in (None, lambda map: map.mean((2, 3)), None, lambda map: map[:, 1:], lambda map: map, None):
+            logits, features = extract(images, reduce=reduce)
+            expected = {"norm": reference, "relu": reference.clamp(min=0)}
+            for layer, feature in expected.items():
+                torch.testing.assert_close(features[layer], reduce(feature) if reduce else feature)
+            torch.testing.assert_close(logits, model.fc(expected["relu"].mean((2, 3))))
+        with pytest.raises(RuntimeError, match=r"norm: returns shape \(\) for 4 images"):
+            extract(images, reduce=torch.mean)
+        assert extract(images)[1]["norm"].ndim == 4, "a failed call leaves nothing behind"
+
+
+def test_maps_are_let_go_where_only_a_part_is_kept():
+    alive = []
+
+    def first_pixel(map):
+        alive.append(weakref.ref(map))
+        return map[:, :, 0, 0].clone()
+
+    def count(*_):
+        if alive:
+            counts.append(sum(map() is not None for map in alive))
+
+    counts, model = [], nn.Sequential(*[nn.Conv2d(2, 2, 1) for _ in range(6)])
+    for layer in model:
+        layer.register_forward_pre_hook(count)
+    teacher = FrozenTeacher(model, ["0", "1", "2", "3", "4"])
+    features = teacher.observe(torch.randn(2, 2, 3, 3), reduce=first_pixel).features
+    assert [feature.shape for feature in features.values()] == [(2, 2)] * 5
+    assert max(counts) <= 1, "no more than the input of the next layer"
+
+
+def test_gradients_flow_through_what_is_kept():
+    model, images = tiny()
+    with FeatureExtractor(model.train(), ["norm"]) as extract:
+        extract(images, reduce=lambda map: map.mean((2, 3)))[1]["norm"].pow(2).sum().backward()
+    reduced = model.norm.bias.grad.clone()
+    model.zero_grad()
+    model.norm(model.conv(images)).mean((2, 3)).pow(2).sum().backward()
+    torch.testing.assert_close(reduced, model.norm.bias.grad)
 
 
 def test_errors_name_the_layer():
