@@ -84,6 +84,7 @@ def pair_table(arms: Sequence[Arm], teacher_table: pd.DataFrame, student_table: 
         role: {row.layer: f"{row.channels}x{row.height}x{row.width}" for row in table.itertuples()}
         for role, table in (("teacher", teacher_table), ("student", student_table))
     }
+    depth = {layer: i for i, layer in enumerate(student_table["layer"])}
     rows = [
         {
             "arm": arm.name,
@@ -96,20 +97,24 @@ def pair_table(arms: Sequence[Arm], teacher_table: pd.DataFrame, student_table: 
             "redrawn": arm.redrawn,
         }
         for arm in arms
-        for hint, pair in _numbered_pairs(arm)
+        for hint, pair in _numbered_pairs(arm, depth)
     ]
     columns = ["arm", "hint", "teacher_layer", "student_layer", "teacher_shape", "student_shape", "source", "redrawn"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _numbered_pairs(arm: Arm) -> list[tuple[int, HintPair]]:
-    """The arm's pairs with the number of their hint, those left out that are never drawn."""
+def _numbered_pairs(arm: Arm, depth: Mapping[str, int]) -> list[tuple[int, HintPair]]:
+    """The arm's pairs with the number of their hint, by the depth of the student layer; those left out that are never
+    drawn.
+    """
+    taught = sorted({pair.student_layer for pair in arm.pairs}, key=depth.__getitem__)
+    numbered = [(taught.index(pair.student_layer) + 1, pair) for pair in arm.pairs]
     if not arm.redrawn:
-        return list(enumerate(arm.pairs, start=1))
+        return sorted(numbered, key=lambda of: of[0])
     # Of L layers, drawn in order, the i-th of M (from 0) is one of i .. L - M + i: no other pair can come up.
     most = len(arm.pairs) // arm.redrawn - arm.redrawn
     places = [divmod(number, arm.redrawn) for number in range(len(arm.pairs))]
-    return [(i + 1, pair) for (layer, i), pair in zip(places, arm.pairs, strict=True) if 0 <= layer - i <= most]
+    return [of for (layer, i), of in zip(places, numbered, strict=True) if 0 <= layer - i <= most]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Letters: N images, B batch, C channels, H W space, T tokens, D features of all l
 """
 
 import difflib
+import functools
 import math
 import os
 import warnings
@@ -93,8 +94,8 @@ def profile_layers(
         for any N. Needless when all features are kept, and up to N = 2 D chunks the features are the smaller.
     grid: see `pool_features`.
 
-    teacher: anything with `layers`, names in execution order, and `observe(images)` that returns an object whose
-        `features` is a dict layer -> tensor; a `FrozenTeacher`.
+    teacher: a `FrozenTeacher`, or anything with `layers`, names in execution order, and `observe(images, reduce=f)` that
+        returns an object whose `features` is a dict layer -> f(feature).
     batches: iterable of objects with `images`.
     Raises ValueError for fewer than two images, naming the layer whose features are not finite, or where the moments
     would not fit into this machine's memory.
@@ -104,8 +105,9 @@ def profile_layers(
 
     def pooled_batches() -> Iterator[Tensor]:
         for batch in batches:
-            features = teacher.observe(batch.images).features
-            pooled = [pool_features(features[layer], grid) for layer in layers]
+            # Pooled while the map is warm, and the map let go: all maps together would not fit into any cache.
+            features = teacher.observe(batch.images, reduce=functools.partial(pool_features, grid=grid)).features
+            pooled = [features[layer] for layer in layers]
             if not widths:
                 widths[:] = [rows.shape[1] for rows in pooled]
                 _check_memory(widths, chunks)

@@ -244,7 +244,7 @@ def _headline(facts: Facts, comparisons: Sequence[Any]) -> dict[str, Any]:
 
 def _main_strategy(hint_points: Mapping[str, Any]) -> str:
     """The method as published: cluster centers by the study's first metric."""
-    variants = ("clustered_first_", "clustered_last_")
+    variants = ("clustered_first_", "clustered_last_", "clustered_medoid_")
     return next((name for name in hint_points if name.startswith("clustered_") and not name.startswith(variants)), "")
 
 
@@ -265,7 +265,7 @@ def _setting(facts: Facts) -> dict[str, Any]:
     """Who learns what from whom, from the tables of 01 to 04."""
     students = facts.baselines[facts.baselines["model"] != "teacher"]
     unaided, aided = facts.histories.values()
-    teachers = unaided["arm"] == "teacher"
+    teachers = unaided["arm"].str.startswith("teacher")  # the other teachers of 01 as well
     repeats = facts.images.get("evaluation_repeats", 1)  # validation and test count each image so many times
     sizes = {name: about["images"] for name, about in facts.images["sets"].items()}
     return {
@@ -278,34 +278,50 @@ def _setting(facts: Facts) -> dict[str, Any]:
         "teacher_epochs": unaided.loc[teachers, "epoch"].nunique(),
         "student_epochs": sorted({rows["epoch"].nunique() for rows in (unaided[~teachers], aided)} - {0}),
         "seeds": sorted(facts.results["seed"].unique().tolist()),
-        "n_hints": sorted({len(points["layers"]) for points in facts.hint_points.values()} - {0}),
+        "n_hints": sorted({_n_hints(points) for points in facts.hint_points.values()} - {0}),
         "methods": [m for m in dict.fromkeys(facts.results.loc[facts.results["strategy"] != "none", "method"])],
     }
 
 
+def _n_hints(points: Mapping[str, Any]) -> int:
+    """How many layers give a hint at one step."""
+    return points.get("redrawn", 0) or len(points["layers"])
+
+
 def _chosen_layers(facts: Facts) -> list[dict[str, Any]]:
-    """Per strategy its hint points with depth, the student layer they teach, and how often resamples chose them too."""
+    """Per strategy its hint points with depth, the student layer they teach, how often resamples chose them too, and
+    what is unusual about its hints. A strategy that draws anew at every step has no layers to show.
+    """
     depth = dict(zip(facts.layers["layer"], facts.layers["depth"], strict=True))
     strategy_of = dict(zip(facts.summary["arm"], facts.summary["strategy"], strict=True))
-    pairs = facts.pairs.assign(strategy=facts.pairs["arm"].map(strategy_of)).drop_duplicates(
-        ["strategy", "teacher_layer"]
-    )
-    partner = {(row.strategy, row.teacher_layer): row.student_layer for row in pairs.itertuples()}
+    pairs = facts.pairs.assign(strategy=facts.pairs["arm"].map(strategy_of))
+    first_arm = pairs.drop_duplicates("strategy").set_index("strategy")["arm"].to_dict()
     frequency = {(f"clustered_{row.metric}", row.layer): row.frequency for row in facts.stability.itertuples()}
     rows, earlier = [], {}
     for strategy, points in facts.hint_points.items():
+        redrawn, source = points.get("redrawn", 0), points.get("source", "trained")
+        pairing = points.get("pairing", "in_order")
+        own = pairs[pairs["arm"] == first_arm.get(strategy)].sort_values("hint", kind="stable")
+        if pairing == "reversed":
+            own = own[::-1]  # back to the order of the teacher's layers
+        taught = [] if redrawn else list(own["student_layer"])
         hints = [
             {
                 "layer": layer,
                 "depth": depth.get(layer, math.nan),
-                "student": partner.get((strategy, layer)),
+                "student": student,
                 "frequency": frequency.get((strategy, layer), math.nan),
             }
-            for layer in points["layers"]
+            for layer, student in itertools.zip_longest([] if redrawn else points["layers"], taught)
+            if layer is not None
         ]
-        if hints:
-            same_as = earlier.setdefault(tuple(points["layers"]), strategy)
-            rows.append({"strategy": strategy, "hints": hints, "same_as": "" if same_as == strategy else same_as})
+        notes = [f"{redrawn} of {len(points['layers'])} layers, drawn anew at every step"] if redrawn else []
+        notes += {"untrained": ["of a network with random weights"], "shuffled": ["of another image"]}.get(source, [])
+        notes += ["deepest to the shallowest student layer"] if pairing == "reversed" else []
+        if points["layers"]:
+            same_as = earlier.setdefault((*points["layers"], pairing, source, redrawn), strategy)
+            row = {"strategy": strategy, "hints": hints, "same_as": "" if same_as == strategy else same_as}
+            rows.append(row | {"note": "; ".join(notes)})
     return rows
 
 

@@ -269,6 +269,17 @@ def test_arms_of_the_same_layers_are_twins_only_if_source_and_redrawing_agree_as
     assert a.pairs == b.pairs and not b.same_as
 
 
+def test_hints_are_numbered_by_the_student_layer_also_where_pairs_are_reversed(controlled):
+    teacher, student = controlled.teacher_table, controlled.student_table
+    layers = teacher["layer"].tolist()[:3]
+    arms = study_arms({"reversed": HintPoints("reversed", layers, pairing="reversed")}, ["at"], teacher, student)
+    rows = pair_table(arms, teacher, student)
+    assert rows["hint"].tolist() == [1, 2, 3]
+    taught = set(rows["student_layer"])
+    assert rows["student_layer"].tolist() == [layer for layer in student["layer"] if layer in taught]
+    assert rows["teacher_layer"].tolist() == layers[::-1]
+
+
 def test_the_pair_table_tells_the_source_and_of_redrawn_arms_every_pair_that_can_be_drawn(controlled):
     arms = control_arms(controlled)
     table = pair_table(arms, controlled.teacher_table, controlled.student_table)

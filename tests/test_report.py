@@ -23,7 +23,7 @@ from pursuhint_lib.report import (
     TEMPLATE,
     write_report,
 )
-from pursuhint_lib.storage import REPOSITORY, read_table, save_json, save_table
+from pursuhint_lib.storage import REPOSITORY, read_json, read_table, save_json, save_table
 from pursuhint_lib.tracking import LAB_TABLE
 
 LAYERS = [f"stage{s}.{b}" for s in (1, 2, 3) for b in range(5)]
@@ -477,6 +477,33 @@ def test_the_chosen_layers_stand_with_depth_partner_and_stability(home):
         and "12.5 % of resamples" in cells[0]
     )
     assert "depth 14 →" in cells[2] and "blocks.2" in cells[2] and "resamples" not in cells[2]
+
+
+def test_control_strategies_stand_with_what_is_unusual_about_their_hints(home):
+    make_study(home)
+    file = home / "runs" / "toy" / "03_cluster_layers" / "hint_points.json"
+    pairs_file = home / "runs" / "toy" / "04_distill_students" / "pairs.csv"
+    chosen, pairs = read_json(file), read_table(pairs_file)
+    method = chosen["clustered_r2_cca"]
+    pool = {"layers": list(LAYERS), "redrawn": 3}
+    chosen |= {"reversed": method | {"pairing": "reversed"}, "untrained": method | {"source": "untrained"}}
+    chosen |= {"redrawn": pool, "single_2": {"layers": [LAYERS[1]]}, "uniform": chosen["uniform"]}
+    save_json(chosen, file)
+    turned = pairs[pairs["arm"] == "at_clustered_r2_cca"].assign(arm="at_stage_ends")
+    turned["teacher_layer"] = turned["teacher_layer"].to_numpy()[::-1]
+    save_table(pd.concat([pairs[pairs["arm"] != "at_stage_ends"], turned]), pairs_file)
+    # The toy study has no arm of its own for "reversed": lend it that of stage ends.
+    chosen["stage_ends"] = chosen.pop("reversed")
+    save_json(chosen, file)
+    rows = {row.get("data-strategy"): row for row in report(home).table("Hint points by strategy").iter("tr")}
+    reversed_cells = [text(cell) for cell in rows["stage_ends"].iter("td")]
+    assert reversed_cells[0].startswith(method["layers"][0]) and "blocks.2" in reversed_cells[0]
+    assert reversed_cells[2].startswith(method["layers"][2]) and "blocks.0" in reversed_cells[2]
+    assert "deepest to the shallowest" in text(rows["stage_ends"]) and "same layers" not in text(rows["stage_ends"])
+    assert "of a network with random weights" in text(rows["untrained"]) and "same" not in text(rows["untrained"])
+    assert f"3 of {len(LAYERS)} layers, drawn anew at every step" in text(rows["redrawn"])
+    assert len([cell for cell in rows["redrawn"].iter("td") if text(cell)]) == 0
+    assert text(next(rows["single_2"].iter("td"))).startswith(LAYERS[1])
 
 
 def test_provenance_names_run_commit_and_state_of_every_stage(home):
