@@ -3,6 +3,7 @@
 The three terms of the method's objective are named here as everywhere in the project: `cls` (labels), `kd` (the
 teacher's logits) and `hint` (the teacher's inner layers); the authors' page writes them L_cls, L_logit and L_hint.
 Every loss is computed in float32 (float64 when it is given float64), also under autocast and for bfloat16 features.
+Other ways to match logits are in `logit_losses`, other hints in `hint_losses`.
 """
 
 import functools
@@ -13,29 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Run a loss outside autocast, with half-precision inputs raised to float32."""
 
+    def raised(x: Tensor | float) -> Tensor | float:
+        return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
+
     @functools.wraps(loss)
-    def raised(*inputs: Tensor | float) -> Tensor:
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            return loss(
-                *(
-                    x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
-                    for x in inputs
-                )
-            )
+    def run(*inputs: Tensor | float, **options: Tensor | float) -> Tensor:
+        device = next(x.device for x in (*inputs, *options.values()) if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return loss(*map(raised, inputs), **{name: raised(x) for name, x in options.items()})
 
-    return raised
+    return run
 
 
-@_in_float32
+@in_float32
 def cls_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy with the labels, mean over the batch. logits: (B, K), labels: (B,) int64. In nats."""
     return F.cross_entropy(logits, labels)
 
 
-@_in_float32
+@in_float32
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Knowledge distillation: KL divergence of the student's softened probabilities from the teacher's, times T^2.
 
@@ -47,7 +47,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-@_in_float32
+@in_float32
 def attention_map(feature: Tensor) -> Tensor:
     """Where a layer looks: channel mean of the squared feature, flattened, of unit length. (B, C, H, W) -> (B, H*W).
 
@@ -56,7 +56,7 @@ def attention_map(feature: Tensor) -> Tensor:
     return F.normalize(feature.square().mean(dim=1).flatten(1), dim=1)
 
 
-@_in_float32
+@in_float32
 def at_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     """Attention transfer: mean squared difference of the two attention maps.
 
@@ -67,7 +67,7 @@ def at_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     return (attention_map(student_feature) - attention_map(teacher_feature)).square().mean()
 
 
-@_in_float32
+@in_float32
 def hint_mse(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     """FitNet hint: mean squared error of two features of one shape (B, C, H, W), mean over all entries.
 
@@ -90,3 +90,14 @@ def match_size(student_feature: Tensor, teacher_feature: Tensor) -> tuple[Tensor
 
 def _shrink(feature: Tensor, size: tuple[int, int]) -> Tensor:
     return feature if feature.shape[2:] == size else F.adaptive_avg_pool2d(feature, size)
+
+
+@in_float32
+def unit_length(x: Tensor, dim: int, floor: Tensor | float = 0.0) -> Tensor:
+    """x over its norm along `dim`, of x's shape; zero, and without a gradient, where the norm is not above `floor`.
+
+    torch's normalize multiplies the gradient of a zero vector by 1e12, so that one dead channel or one silent image
+    drowns all others. Vectors too short for their squares to be exact count as zero as well.
+    """
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return x / norm.where(norm > floor + torch.finfo(x.dtype).tiny ** 0.5, torch.inf)
