@@ -348,6 +348,7 @@ def test_control_arms_start_from_the_same_weights_with_the_same_adapters(control
     adapters = {name: state_hash(learner.adapters) for name, learner in learners.items()}
     assert adapters["fixed"] == adapters["untrained"] == adapters["shuffled"]
     assert len(learners["redrawn"].adapters) == 18
+    assert {name: learner.n_teaching for name, learner in learners.items()} == dict.fromkeys(learners, 3)
     weights = {name: tuple(learner.hint_weights.tolist()) for name, learner in learners.items()}
     assert len(set(weights.values())) == 4  # each arm is balanced with its own features
 
