@@ -20,11 +20,20 @@ import torch.fx
 from torch import Tensor, nn
 
 from pursuhint_lib.features import blank_image, check_model, undisturbed
+from pursuhint_lib.models.mobilenet_cifar import MOBILENETS
 from pursuhint_lib.models.resnet_cifar import RESNETS
+from pursuhint_lib.models.shufflenet_cifar import SHUFFLENETS
+from pursuhint_lib.models.vgg_cifar import VGGS
 from pursuhint_lib.models.wrn_cifar import WIDE_RESNETS
 from pursuhint_lib.storage import written_whole
 
-MODELS: dict[str, Callable[[int, int], nn.Module]] = {**RESNETS, **WIDE_RESNETS}  # name -> f(classes, channels)
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {  # name -> f(classes, channels)
+    **RESNETS,
+    **WIDE_RESNETS,
+    **VGGS,
+    **MOBILENETS,
+    **SHUFFLENETS,
+}
 
 # ---------------------------------------------------------------------------------------------------------- building
 
