@@ -58,8 +58,9 @@ def _torchvision_model(name: str, classes: int, channels: int) -> nn.Module:
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        nearest = difflib.get_close_matches(name, [*MODELS, *known], n=3, cutoff=0.0)
-        raise ValueError(f"there is no model {name!r}; the nearest names are {', '.join(nearest)}")
+        begin_so = [there for there in MODELS if there.startswith(name)] if name else []  # "vgg8" -> "vgg8_cifar"
+        nearest = dict.fromkeys([*begin_so, *difflib.get_close_matches(name, [*MODELS, *known], n=3, cutoff=0.0)])
+        raise ValueError(f"there is no model {name!r}; the nearest names are {', '.join(list(nearest)[:3])}")
     if channels != 3:
         raise ValueError(f"{name} is torchvision's and takes 3 channels, not {channels}: take a network of MODELS")
     # These two would return a tuple with auxiliary logits in train mode.
@@ -76,7 +77,7 @@ def candidate_layers(
     """The layers a hint may come from, as module paths in execution order. The first rule that fits decides:
 
     1. A model with a method `candidate_layers(before_activation)` answers itself. This package's networks do: the
-       outputs of their residual blocks, after the activation or before it.
+       outputs of their residual or shuffle units (of a VGG, its stages), after the activation or before it.
     2. Repeated blocks: on one level, the modules of every class that appears there at least twice, and whatever runs
        between them. Plain containers (Sequential, ModuleList, ModuleDict) are looked through, and the outermost level
        with two such blocks wins. Blocks hold two weight layers or more; failing that, one.
