@@ -11,7 +11,7 @@ import difflib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import pandas as pd
 import torch
@@ -140,8 +140,7 @@ class FeatureExtractor:
         return captured.clone if overwritten else captured.tensor
 
 
-@dataclass(frozen=True)
-class _Captured:
+class _Captured(NamedTuple):
     tensor: Tensor
     version: int | None  # autograd's count of in-place writes at capture time
     clone: Tensor | None
