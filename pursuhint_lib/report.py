@@ -46,6 +46,20 @@ FIGURES = (
     ),
     (
         "03_cluster_layers",
+        "measures",
+        "The same clustering under every measure",
+        "A row per measure, a color per cluster, stars on hint points, lines between the network's stages. "
+        "Rows that look alike are measures whose choice does not matter.",
+    ),
+    (
+        "03_cluster_layers",
+        "agreement",
+        "How firm the clusters are",
+        "What else could have been: other images, fewer images, another measure, another teacher, no training at all. "
+        "1 means that the clusters stay the same, 0 that they agree as by chance; a dot is one comparison, a bar the mean.",
+    ),
+    (
+        "03_cluster_layers",
         "strategies",
         "Hint points by strategy",
         "A row per strategy on one depth axis, a dot per hint point. Rows that look alike are near-equal choices.",
