@@ -83,7 +83,7 @@ class Hardware(Study):
     """Where it runs."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    threads: Count = 2  # CPU threads; results are bit-identical only for an equal number
+    threads: Count = 1  # CPU threads; results are bit-identical only for an equal number
     precision: Literal["auto", "float32", "bfloat16"] = (
         "float32"  # of the networks' arithmetic; losses are float32 always
     )
