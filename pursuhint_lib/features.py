@@ -47,7 +47,7 @@ class FeatureExtractor:
         self._by_path = dict(model.named_modules(remove_duplicate=False))
         self.layers = _checked_layers(layers, [name for name in self._by_path if name])
         for layer in self.layers:
-            if any(isinstance(self._by_path[path], torch.jit.ScriptModule) for path in _path_from_root(layer)):
+            if isinstance(self._by_path[layer], torch.jit.ScriptModule):
                 raise ValueError(f"{layer}: lies in a torch.jit.ScriptModule, which no hook can look into")
         self._compiled = _is_compiled(self._by_path.values())
         self._overwritten: dict[str, bool] = {}  # learnt: which layers' maps do not outlive the forward pass
@@ -85,7 +85,7 @@ class FeatureExtractor:
                 _check_rows(layer, feature, images)
             return output, features
         finally:
-            self._wanted, self._reduce, self._captured = set(), None, {}
+            self._wanted, self._captured = set(), {}
 
     def close(self) -> None:
         """Remove all hooks. Calling it again does nothing."""
@@ -116,13 +116,13 @@ class FeatureExtractor:
                 kind = type(output).__name__
                 raise TypeError(f"{layer}: returns {kind}, but a feature is one tensor: name a layer inside it")
             output = channels_first(output)
-            copied = self._overwritten.get(layer, True)
             if self._reduce is not None:
-                output, copied = self._reduce(output), True  # it may be a view of the map; a copy of it costs little
+                output = self._reduce(output)  # maybe a view of the map, so what follows is as needful
             if output.is_inference():  # such tensors keep no version, so there is no other way to be sure
                 self._captured[layer] = _Captured(output, None, output.clone())
             else:
-                self._captured[layer] = _Captured(output, output._version, output.clone() if copied else None)
+                clone = output.clone() if self._overwritten.get(layer, True) else None
+                self._captured[layer] = _Captured(output, output._version, clone)
 
         return module.register_forward_hook(capture)
 
@@ -135,7 +135,7 @@ class FeatureExtractor:
             # Only a model that changes its path between calls comes here.
             self._overwritten[layer] = True
             raise RuntimeError(f"{layer}: overwritten in place, but not so in earlier calls: extract this batch again")
-        if self._reduce is None:
+        if self._reduce is None:  # what is kept of a map says nothing of the map
             self._overwritten[layer] = overwritten or self._overwritten.get(layer, False)
         return captured.clone if overwritten else captured.tensor
 
@@ -312,16 +312,11 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-def _path_from_root(layer: str) -> list[str]:
-    """ "a.b.c" -> ["a", "a.b", "a.b.c"]"""
-    return list(itertools.accumulate(layer.split("."), "{}.{}".format))
-
-
 def _channels_first(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """A function that makes (B, C, H, W) of what `module` returns, should that be (B, H, W, C), as in a Swin.
 
-    What the layers inside make tells the two apart: LayerNorm and Linear have their channels last, convolutions and
-    the other normalizations first. It is (B, H, W, C) where the last dimension is as wide as one of the former makes
+    What the layers inside make tells the two apart: LayerNorm and Linear have their channels last, convolutions
+    first. It is (B, H, W, C) where the last dimension is as wide as one of the former makes
     it, and the second as wide as none of either. Should the second be as wide as one of the former, only LayerNorms
     count: a squeeze-and-excitation holds Linear layers, and works on (B, C, H, W).
     """
@@ -330,8 +325,6 @@ def _channels_first(module: nn.Module) -> Callable[[Tensor], Tensor]:
     normalized = {part.normalized_shape[-1] for part in parts if type(part).forward is nn.LayerNorm.forward}
     last = normalized | {part.out_features for part in parts if isinstance(part, nn.Linear)}
     first = {part.out_channels for part in parts if isinstance(part, nn.modules.conv._ConvNd)}
-    first |= {part.num_features for part in parts if isinstance(part, nn.modules.batchnorm._NormBase)}
-    first |= {part.num_channels for part in parts if isinstance(part, nn.GroupNorm)}
 
     def channels_first(output: Tensor) -> Tensor:
         if output.ndim != 4 or output.shape[1] in first:

@@ -306,6 +306,17 @@ class ConvBlock(nn.Module):
         return self.norm(self.conv(x)).relu()
 
 
+class Picky(nn.Module):
+    """One weight layer; what it does depends on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() < 1e9 else x
+
+
 class WithAuxiliaryHeads(nn.Module):
     """Two heads, more outside than the blocks, that run in train mode only."""
 
@@ -320,17 +331,17 @@ class WithAuxiliaryHeads(nn.Module):
 
 
 class Functional(nn.Module):
-    """LeNet's kind: activations and poolings are functions. Declared in the reverse of execution order."""
+    """LeNet's kind: most activations and poolings are functions. Declared in the reverse of execution order."""
 
     def __init__(self):
         super().__init__()
-        self.fc2, self.fc1 = nn.Linear(4, 2), nn.Linear(3, 4)
+        self.fc2, self.late, self.fc1 = nn.Linear(4, 2), nn.ReLU(), nn.Linear(3, 4)
         self.norm2, self.conv2, self.conv1 = nn.BatchNorm2d(3), nn.Conv2d(2, 3, 1), nn.Conv2d(2, 2, 1)
 
     def forward(self, x):
         x = nn.functional.max_pool2d(self.conv1(x).relu(), 2)
         x = self.norm2(self.conv2(x)).relu().mean((2, 3))
-        return self.fc2(self.fc1(x).relu())
+        return self.fc2(self.late(2 * self.fc1(x)))
 
 
 class FlatTransformer(nn.Module):
@@ -367,7 +378,13 @@ def one_relu_for_all(relu):
 
 
 def one_relu_for_all_stages(relu):
-    return sequential(conv(), relu, nn.MaxPool2d(1), conv(), relu, nn.MaxPool2d(1), conv(), nn.BatchNorm2d(2), relu)
+    pool = nn.MaxPool2d(1)
+    return sequential(conv(), relu, conv(), relu, pool, conv(), nn.Tanh(), relu, pool, conv(), relu, nn.Tanh())
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
 
 
 def weight_normed():
@@ -400,7 +417,12 @@ OWN_MODULES = {  # name -> (model, candidates)
         ),
         ["1", "2"],
     ),
-    "a wrapper of torch": (lambda: nn.DataParallel(Looped(Block(), Block())), ["module.blocks.0", "module.blocks.1"]),
+    "a wrapper of torch": (
+        lambda: nn.Sequential(nn.DataParallel(Looped(Block(), Block()))), ["0.module.blocks.0", "0.module.blocks.1"],
+    ),
+    "a part that cannot be traced, beside the blocks": (
+        lambda: Looped(Block(), Picky(), Block()), ["blocks.0", "blocks.2"],
+    ),
     "a chain": (
         lambda: sequential(conv(), nn.BatchNorm2d(2), nn.ReLU(), conv(), nn.Dropout(), nn.ReLU(), conv(), nn.GELU()),
         ["2", "5", "7"],
@@ -424,7 +446,7 @@ OWN_MODULES = {  # name -> (model, candidates)
         ["1", "5", "9"],
     ),
     "a chain with one ReLU for all": (lambda: one_relu_for_all(nn.ReLU()), ["0", "3", "6"]),
-    "stages with one ReLU for all": (lambda: one_relu_for_all_stages(nn.ReLU()), ["0", "3", "7"]),
+    "stages with one ReLU for all": (lambda: one_relu_for_all_stages(nn.ReLU()), ["2", "6", "9"]),
     "a functional forward": (Functional, ["conv1", "norm2", "fc1"]),
     "attention without blocks": (FlatTransformer, ["mix.0", "mix.1"]),
     "weights with a parametrization": (
@@ -438,6 +460,7 @@ OWN_MODULES = {  # name -> (model, candidates)
         lambda: torch.compile(Looped(Block(), Block()), backend="eager"),
         ["_orig_mod.blocks.0", "_orig_mod.blocks.1"],
     ),
+    "compiled in place": (lambda: compiled_in_place(Looped(Block(), Block())), ["blocks.0", "blocks.1"]),
     "compiled blocks": (
         lambda: Looped(*[torch.compile(Block(), backend="eager") for _ in range(2)]), ["blocks.0", "blocks.1"],
     ),
