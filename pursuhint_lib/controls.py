@@ -17,11 +17,11 @@ from torch.optim.swa_utils import update_bn
 from pursuhint_lib.features import FrozenTeacher, Observation
 from pursuhint_lib.hints import SOURCES, HintPair
 from pursuhint_lib.learners import feature_key, seeded
-from pursuhint_lib.params import DistillStudents
+from pursuhint_lib.params import DistillStudents, ProfileLayers
 from pursuhint_lib.study import StudyImages, fresh_network, training_batches
 
 UNTRAINED_SEED = 2**31  # parameter files end below it: no student or teacher of a study started from these weights
-BATCH_NORM_BATCHES = 8
+BATCH_NORM_BATCHES, BATCH_NORM_BATCH_SIZE = 8, 64
 
 
 class ControlTeacher(nn.Module):
@@ -90,7 +90,7 @@ def control_teacher(
     return ControlTeacher(FrozenTeacher(trained, layers), FrozenTeacher(untrained_network(params, images), layers))
 
 
-def untrained_network(params: DistillStudents, images: StudyImages) -> nn.Module:
+def untrained_network(params: ProfileLayers | DistillStudents, images: StudyImages) -> nn.Module:
     """The study's kind of teacher with random weights and measured batch-norm statistics, in eval mode on the CPU.
 
     The weights are drawn from UNTRAINED_SEED alone. Left as they are initialized, the batch-norm statistics (0 and 1)
@@ -103,7 +103,7 @@ def untrained_network(params: DistillStudents, images: StudyImages) -> nn.Module
     All is done on the CPU in float32, whatever the study computes on: the same study has the same network.
     """
     network = fresh_network(params.teacher, images, UNTRAINED_SEED)
-    batches = training_batches(params, images, params.batch_size, UNTRAINED_SEED, torch.device("cpu"))
+    batches = training_batches(params, images, BATCH_NORM_BATCH_SIZE, UNTRAINED_SEED, torch.device("cpu"))
     few = itertools.islice(batches.epoch(0), BATCH_NORM_BATCHES)
     with seeded(UNTRAINED_SEED):  # dropout, where there is any, draws as well
         update_bn((batch.images for batch in few), network)

@@ -10,6 +10,7 @@ import difflib
 import functools
 import itertools
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -268,10 +269,14 @@ def checked_similarity(similarity: pd.DataFrame | np.ndarray) -> tuple[list[str]
         if wrong.any():
             i, j = np.argwhere(wrong)[0]
             raise ValueError(f"similarity of {rows[i]!r} and {rows[j]!r} is {values[i, j]} and {values[j, i]}: {why}")
+    if len(rows) > 1 and not values.diagonal().any() and values.any():
+        raise ValueError("similarity is 0 on the diagonal: these are distances; pass 1 - distance")
     return rows, values
 
 
 def _check_count(what: str, count: int, limit: int) -> None:
+    if not isinstance(count, numbers.Integral) or isinstance(count, bool):
+        raise ValueError(f"{what} is {count!r}: it must be a whole number from 1 to {limit}")
     if not 1 <= count <= limit:
         raise ValueError(f"{what} is {count}: it must be from 1 to {limit}, the number of candidate layers")
 
@@ -330,7 +335,7 @@ def select_hint_points(
         "clustered_medoid", "clustered_first", "clustered_last"     another layer of each of the same clusters
         "reversed"         the layers of "clustered", the deepest paired with the shallowest student point
         "all_to_last", "all_to_middle"      one teacher layer, the last or the middle one, for every student point
-        "single"           one layer alone: number `seed`, counted from 0 by depth
+        "single"           one layer alone, always for the student's last stage end: number `seed`, from 0 by depth
         "subset"           number `seed` of all n_hints-subsets of the layers, in lexicographic order, counted from 0
         "untrained", "shuffled"     the layers of "clustered", with features of that source (`SOURCES`)
         "redrawn"          n_hints of all layers, drawn anew at every step

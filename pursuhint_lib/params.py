@@ -11,9 +11,10 @@ YAML traps handled here: PyYAML reads ``1e-3`` as a string (numbers are parsed f
 """
 
 import difflib
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -386,7 +387,7 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
         before_activation = role == "teacher" and profile.before_activation
         with torch.device("meta"):  # shapes without memory or time
             try:
-                network = build_model(name, 2, channels=shape[0])
+                network = _built_for_shapes(build_model, name, shape[0])
             except ValueError as error:
                 raise ParameterError(f"{place}: {error}") from None
             try:
@@ -407,11 +408,30 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
         tokens = table[(table["height"] == 1) & (table["width"] > 1)]["layer"]
         if len(tokens):
             raise ParameterError(f"{place}: layer {tokens.iloc[0]} gives tokens; hints need maps (allowed: C x H x W)")
+        if role == "teacher" and len(layers) < 3:
+            raise ParameterError(f"{place}: {len(layers)} candidate layers leave nothing to choose (allowed: 3 or more)")
+        if role == "teacher" and "subset" in cluster.strategies and math.comb(len(layers), cluster.n_hints) > 1000:
+            count = math.comb(len(layers), cluster.n_hints)
+            raise ParameterError(
+                f"{file}: cluster_layers.strategies = 'subset': {count} subsets of {cluster.n_hints} out of "
+                f"{len(layers)} layers, each a student per seed (allowed: up to 1000 subsets)"
+            )
         if cluster.n_hints > len(layers):
             raise ParameterError(
                 f"{file}: cluster_layers.n_hints = {cluster.n_hints}: more hints than the {role} {name} "
                 f"has candidate layers ({len(layers)}); allowed: 1 to {len(layers)}"
             )
+
+
+def _built_for_shapes(build_model: Callable[..., Any], name: str, channels: int) -> Any:
+    """The network on the meta device, built there where it can be: a RegNet counts its widths with real tensors."""
+    import torch
+
+    try:
+        return build_model(name, 2, channels=channels)
+    except NotImplementedError:
+        with torch.device("cpu"):
+            return build_model(name, 2, channels=channels).to("meta")
 
 
 def _check_images(images: Images, file: str) -> tuple[int, int, int]:

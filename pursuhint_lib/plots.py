@@ -22,6 +22,8 @@ from pursuhint_lib.storage import written_whole
 if TYPE_CHECKING:  # notebook 03 draws tables only and need not wait for torch
     from torch import Tensor
 
+    from pursuhint_lib.hints import HintPoints
+
 # Okabe and Ito's palette, its yellow (too faint for a line) replaced: told apart by readers with any color vision.
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A5195", "#000000"]
 QUIET = "#8a8f98"
@@ -262,20 +264,30 @@ def layer_path(ax: Axes, points: pd.DataFrame, hint_points: Sequence[str], title
     ax.legend(fontsize=8)
 
 
-def strategies(ax: Axes, chosen: Mapping[str, Sequence[str]], table: pd.DataFrame) -> None:
-    """All strategies on one depth axis: a row each, a dot per hint point; stages as shaded ground.
+def strategies(ax: Axes, chosen: "Mapping[str, HintPoints]", table: pd.DataFrame) -> None:
+    """All strategies on one depth axis: a row each, a dot per hint point, blue where clusters chose; hollow dots are
+    drawn from anew at every step; stages as shaded ground.
 
-    chosen: strategy -> layers; table: the teacher's layer table.
+    chosen: strategy -> hint points; table: the teacher's layer table.
     """
     depth = dict(zip(table["layer"], table["depth"], strict=True))
     for stage, rows in table.groupby("stage"):
         ax.axvspan(rows["depth"].min() - 0.5, rows["depth"].max() + 0.5, color=stage_color(stage), alpha=0.1, lw=0)
         ax.annotate(f"stage {stage}", (rows["depth"].mean(), -0.75), ha="center", fontsize=8, color=stage_color(stage))
-    for row, (strategy, layers) in enumerate(chosen.items()):
-        color = COLORS[0] if strategy.startswith("clustered") else "#333333"
+    sources = {"untrained": "random weights", "shuffled": "another image"}
+    labels = []
+    for row, (name, points) in enumerate(chosen.items()):
+        color = COLORS[0] if points.labels is not None else "#333333"
+        inside = "white" if points.redrawn else color
         ax.plot([0.5, len(table) + 0.5], [row, row], color="#dddddd", lw=0.8, zorder=1)
-        ax.scatter([depth[layer] for layer in layers], [row] * len(layers), s=70, color=color, zorder=2)
-    ax.set_yticks(range(len(chosen)), chosen)
+        places = [depth[layer] for layer in points.layers]
+        ax.scatter(places, [row] * len(places), s=70, color=inside, edgecolor=color, zorder=2)
+        notes = [sources[points.source]] if points.source in sources else []
+        notes += ["pairs reversed"] if points.pairing == "reversed" else []
+        notes += [f"{points.redrawn} at a time"] if points.redrawn else []
+        notes += [f"{len(places)} times"] if len(places) > len(set(places)) else []
+        labels.append(f"{name} ({', '.join(notes)})" if notes else name)
+    ax.set_yticks(range(len(chosen)), labels)
     ax.set_ylim(len(chosen) - 0.5, -1.1)
     ax.set_xlim(0.5, len(table) + 0.5)
     ax.set(xlabel="depth (candidate layer)", title="Hint points, by strategy")

@@ -90,46 +90,80 @@ def profile_layers(
 
     keep_images: pooled features of at most so many images are kept (float32, on the CPU): all, or a uniform sample drawn
         by `seed`. "rbf_cka" and `pooled` look at these, `subset` and `resample` need them all. 0 keeps none.
-    chunks: moments of so many chunks of the images are kept one by one (each D x D float64), so that `resample` works
-        for any N. Needless when all features are kept, and up to N = 2 D chunks the features are the smaller.
+    chunks: the images are dealt at random to so many chunks, and the moments of each are kept (each D x D float64), so
+        that `resample` works for any N. Needless when all features are kept, and up to N = 2 D chunks the features are
+        the smaller.
     grid: see `pool_features`.
 
     teacher: a `FrozenTeacher`, or anything with `layers`, names in execution order, and `observe(images, reduce=f)` that
         returns an object whose `features` is a dict layer -> f(feature).
-    batches: iterable of objects with `images`.
-    Raises ValueError for fewer than two images, naming the layer whose features are not finite, or where the moments
-    would not fit into this machine's memory.
+    batches: iterable of objects with `images`, of tuples (images, labels) as a DataLoader gives them, or of images.
+    Raises TypeError for a bare model; ValueError for fewer than two images, naming the layer whose features are not
+    finite or change in number, or where the moments would not fit into this machine's memory.
     """
-    layers = list(teacher.layers)
+    if not hasattr(teacher, "observe"):
+        kind = type(teacher).__name__
+        raise TypeError(f"teacher is a {kind}, which cannot observe: pass FrozenTeacher(model, candidate_layers(model))")
+    if not teacher.layers:
+        raise ValueError("the teacher captures no layers: name at least one when making it")
+    for name, value in (("keep_images", keep_images), ("chunks", chunks)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}: it must be 0 or more")
+    layers: list[str] = []
     widths: list[int] = []
 
     def pooled_batches() -> Iterator[Tensor]:
         for batch in batches:
             # Pooled while the map is warm, and the map let go: all maps together would not fit into any cache.
-            features = teacher.observe(batch.images, reduce=functools.partial(pool_features, grid=grid)).features
-            pooled = [features[layer] for layer in layers]
-            if not widths:
-                widths[:] = [rows.shape[1] for rows in pooled]
+            features = teacher.observe(_images_of(batch), reduce=functools.partial(pool_features, grid=grid)).features
+            if not layers:
+                layers[:] = features  # in execution order, in whatever order they were named
+                widths[:] = [rows.shape[1] for rows in features.values()]
                 _check_memory(widths, chunks)
+            pooled = [features[layer] for layer in layers]
+            for layer, rows, width in zip(layers, pooled, widths):
+                if rows.shape[1] != width:
+                    raise ValueError(f"layer {layer!r} gives {rows.shape[1]} features and gave {width} in earlier batches")
             yield torch.cat(pooled, dim=1)  # (B, D)
 
     total: Moments | None = None
     parts: list[Moments] = []
     kept = _Sample(keep_images, seed)
-    for number, chunk in enumerate(_rechunked(pooled_batches(), CHUNK_ROWS)):
+    seen = 0
+    for chunk in _rechunked(pooled_batches(), CHUNK_ROWS):
         rows = double(chunk)
         if total is None:
             total = Moments(widths)
             parts = [Moments(widths, rows.mean(0)) for _ in range(chunks)]
+        part_of = _part_of(np.arange(seen, seen + len(rows)), chunks) if parts else None
+        for number, part in enumerate(parts):
+            own = rows[torch.from_numpy(part_of == number).to(rows.device)]
+            if len(own):
+                part.add(own)
         total.add(rows)
-        if parts:
-            parts[number % chunks].add(rows)
         kept.add(chunk)
-    if total is None or total.n < 2:
-        raise ValueError(f"batches gave {total.n if total else 0} images: a profile needs two or more")
+        seen += len(rows)
+    if seen < 2:
+        raise ValueError(f"batches gave {seen} images: a profile needs two or more")
     features, images = kept.finish()
-    parts = [part.to("cpu") for part in parts if part.n]
-    return LayerProfile(layers, total.to("cpu"), features, images, parts)
+    return LayerProfile(layers, total.to("cpu"), features, images, [part.to("cpu") for part in parts if part.n])
+
+
+def _images_of(batch: Any) -> Tensor:
+    """Of an object with `images`, of a tuple (images, labels) as a DataLoader gives it, or the images themselves."""
+    if isinstance(batch, Tensor):
+        return batch
+    return batch.images if hasattr(batch, "images") else batch[0]
+
+
+def _part_of(images: np.ndarray, parts: int) -> np.ndarray:
+    """Which of the chunks each image (by its number) is dealt to: known from the number alone, and as good as random,
+    so that no chunk holds a class, or a day, of its own. The mixing of splitmix64 (Steele et al. 2014).
+    """
+    mixed = (images.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as it should
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return ((mixed ^ (mixed >> np.uint64(31))) % np.uint64(parts)).astype(np.int64)
 
 
 def _check_memory(widths: Sequence[int], chunks: int) -> None:
@@ -186,7 +220,8 @@ class _Sample:
         if self.rows is None:
             return None, np.zeros(0, dtype=np.int64)
         if self.seen <= self.size:
-            return self.rows[: self.seen], self.images[: self.seen]
+            rows = self.rows[: self.seen]
+            return rows.clone() if self.seen < self.size // 2 else rows, self.images[: self.seen]
         order = self.images.argsort()
         for columns in self.rows.split(64, dim=1):  # a few at a time: no second copy of all
             columns.copy_(columns[torch.from_numpy(order)])
@@ -270,7 +305,11 @@ class LayerProfile:
         """The profile of some of the kept images: row numbers of `features`, or a boolean mask. Raises ValueError for
         fewer than two.
         """
-        chosen = torch.arange(len(self.kept("subset")))[torch.as_tensor(rows)]
+        there = torch.arange(len(self.kept("subset")))
+        try:
+            chosen = there[torch.as_tensor(rows, dtype=None if len(rows) else torch.int64)]
+        except IndexError:
+            raise ValueError(f"subset asks for rows that are not among the {len(there)} kept images") from None
         if len(chosen) < 2:
             raise ValueError(f"subset leaves {len(chosen)} images: a profile needs two or more")
         return self._of_rows(self.layers, self.widths, self.features[chosen], self.images[chosen.numpy()])
@@ -289,8 +328,8 @@ class LayerProfile:
         if len(self.parts) < 2:
             kept = len(self.features) if self.features is not None else 0
             raise ValueError(
-                f"resample needs the features of all {self.n_images} images and {kept} were kept: call profile_layers "
-                f"with keep_images={self.n_images}, or with chunks=16"
+                f"resample needs the features of all {self.n_images} images ({kept} were kept) or two chunks of them "
+                f"({len(self.parts)} were): call profile_layers with keep_images={self.n_images}, or with chunks=16"
             )
         numbers = _random_numbers(len(self.parts), max(1, round(fraction * len(self.parts))), generator)
         moments = Moments(self.widths)
@@ -298,7 +337,7 @@ class LayerProfile:
             moments.merge(self.parts[number])
         if self.features is None:
             return LayerProfile(self.layers, moments)
-        drawn = np.isin(self.images // CHUNK_ROWS % len(self.parts), numbers.numpy())
+        drawn = np.isin(_part_of(self.images, len(self.parts)), numbers.numpy())
         return LayerProfile(self.layers, moments, self.features[torch.from_numpy(drawn)], self.images[drawn])
 
     def similarity(self, metric: str) -> pd.DataFrame:
@@ -307,6 +346,7 @@ class LayerProfile:
         metric: one of `METRICS`. Off the diagonal the numbers are those of the pairwise function of the same name, up
             to rounding: relative 1e-8 and better for features whose channels, once standardized, are not closer to
             dependent than one part in a thousand.
+            "rbf_cka" looks at the images whose features were kept, the others at all.
         Raises ValueError for an unknown metric, naming the nearest, or where the metric needs features not kept.
         """
         if metric not in METRICS:
@@ -395,6 +435,8 @@ def _linear_cka_debiased_table(profile: LayerProfile) -> Tensor:
 
 def _rbf_cka_table(profile: LayerProfile) -> Tensor:
     features = double(profile.kept("rbf_cka"))
+    if len(features) < 2:
+        raise ValueError("rbf_cka needs the features of two images or more and those of one were kept")
     mean = features.mean(0)
     features = features - mean
     features *= varies(features.square().mean(0).sqrt(), mean)

@@ -106,7 +106,8 @@ def r2_cca(x: Tensor, y: Tensor, *, centered: bool = True) -> Tensor:
     """Mean squared canonical correlation (R^2_CCA) of two representations of the same N images.
 
     With orthonormal bases Q_x (N, r_x) and Q_y (N, r_y) of the column spaces: ||Q_y'Q_x||_F^2 / min(r_x, r_y). Any
-    invertible linear map of either side, and a constant added to either, change nothing.
+    invertible linear map of either side, and a constant added to either, change nothing (as long as no direction becomes
+    so faint beside the others that it counts as rounding, see below: a map of condition 1e4 is safe).
 
     The published formula divides by min(Dx, Dy), which is the same for features of full rank. Dead or linearly
     dependent channels make the rank smaller than D; a QR would then invent arbitrary directions. Here directions below
@@ -148,13 +149,14 @@ def svcca(x: Tensor, y: Tensor, *, variance: float = 0.99) -> Tensor:
 
 
 def principal_directions(variances: Tensor, share: float) -> int:
-    """How many of these variances, largest first, it takes to hold `share` of their sum; none of those that are only
-    rounding.
+    """How many of these variances, largest first, it takes to hold `share` of their sum; with all that equal the last
+    of them, and none that are only rounding.
     """
     total = variances.sum()
     if not total > 0:
         return 0
-    enough = int((variances.cumsum(0) < share * total).sum()) + 1
+    enough = min(int((variances.cumsum(0) < share * total).sum()) + 1, len(variances))
+    enough = int((variances >= variances[enough - 1] * (1 - 1e-9)).sum())  # of equal ones all, not any one
     return min(enough, int((variances > RANK_TOLERANCE**2 * variances[0]).sum()))
 
 
@@ -213,12 +215,15 @@ def varies(spread: Tensor, mean: Tensor) -> Tensor:
 
 
 def _checked(x: Tensor, y: Tensor, fewest: int = 2) -> tuple[Tensor, Tensor]:
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.ndim != 2 or y.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: both must be (images, features)")
     if len(x) != len(y) or len(x) < fewest:
         many = {2: "two", 4: "four"}[fewest]
         raise ValueError(f"x has {len(x)} rows and y {len(y)}: both must hold the same images, {many} or more")
     for name, z in (("x", x), ("y", y)):
+        if z.is_complex():
+            raise ValueError(f"{name} is complex: features are real numbers")
         if not z.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")
     return double(x), double(y)

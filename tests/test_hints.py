@@ -423,6 +423,7 @@ def test_a_sparse_table_is_refused():
         (lambda s: s.iloc[:0, :0], "0 rows and 0 columns"),
         (lambda s: s[names(1, 0, 2, 3, 4, 5)], "row 'block.0' beside column 'block.1'"),
         (lambda s: s.set_axis(["a"] * 6, axis=0).set_axis(["a"] * 6, axis=1), "names layer 'a' twice"),
+        (lambda s: 1 - s, "0 on the diagonal: these are distances; pass 1 - distance"),
         (lambda s: s.replace(0.6, np.nan), "'block.3' and 'block.4' is nan and nan: it must be finite"),
         (lambda s: s - np.triu(np.full((6, 6), 0.1), 5), "'block.5' is 0.0 and 0.1: it must be symmetric"),
     ],
@@ -438,6 +439,8 @@ def test_tables_that_are_no_similarity_are_refused_in_one_line(change, complaint
     [
         ({"n_clusters": 7}, "n_clusters is 7: it must be from 1 to 6"),
         ({"n_clusters": 0}, "n_clusters is 0"),
+        ({"n_clusters": 2.0}, "n_clusters is 2.0: it must be a whole number from 1 to 6"),
+        ({"n_clusters": True}, "n_clusters is True: it must be a whole number"),
         ({"method": "pursuit"}, "method 'pursuit' is unknown: did you mean 'pursuhint'"),
         ({"representative": "centre"}, "representative 'centre' is unknown: did you mean 'center'"),
     ],

@@ -93,6 +93,7 @@ def test_a_mistake_is_one_line_with_file_key_value_and_what_is_allowed(tmp_path,
         ("cluster_layers__cluster_metrics", ["svcca"], ["'svcca'", "r2_cca, linear_cka, rbf_cka"]),
         ("profile_layers__similarity_metrics", ["linear_kca"], ["'linear_kca'", "did you mean 'linear_cka'"]),
         ("profile_layers__layers", ["stage1.9"], ["'stage1.9'", "did you mean 'stage1"]),
+        ("profile_layers__layers", ["stage1.0", "stage3.2"], ["2 candidate layers", "3 or more"]),
         ("distill_students__methods", ["fit_net"], ["'fit_net'", "did you mean 'fitnet'"]),
         ("distill_students__hint_weights", {"fitnet": 3.0}, ["hint_weights = 'fitnet'", "allowed: at"]),
     ],
@@ -129,6 +130,18 @@ def test_images_networks_and_device_that_do_not_fit_are_one_line(tmp_path, home,
     text = str(error.value)
     assert "\n" not in text and text.startswith("params/smoke.yaml: common.")
     assert all(part in text for part in says), text
+
+
+def test_more_subsets_than_anybody_would_train_are_refused(tmp_path):
+    found = load(tmp_path, common__teacher="resnet56", cluster_layers__strategies=["uniform", "subset"])
+    with pytest.raises(ParameterError, match="'subset': 2925 subsets of 3 out of 27 layers"):
+        check_names(found, "params/smoke.yaml")
+    check_names(load(tmp_path, cluster_layers__strategies=["subset"]), "params/smoke.yaml")  # 84 of resnet20
+
+
+def test_a_network_that_cannot_be_built_without_memory_is_checked_all_the_same(tmp_path, home):
+    found = load(tmp_path, common__data="cifar10", common__teacher="regnet_y_400mf", common__student="resnet20")
+    check_names(found, "params/smoke.yaml")
 
 
 def test_the_largest_values_that_fit_and_a_swin_are_taken(tmp_path, home):

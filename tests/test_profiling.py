@@ -31,16 +31,16 @@ def seeded(seed=0):
 
 
 class FakeTeacher:
-    """Shows stored features; an "image" is the number of its row. Observes in the reverse of the order of `layers`."""
+    """Shows stored features; an "image" is the number of its row. It names its layers in another order than they run."""
 
     def __init__(self, features):
         self.features = features
-        self.layers = list(features)
+        self.layers = list(reversed(features))
         self.looks = 0
 
     def observe(self, images, *, reduce):
         self.looks += len(images)
-        features = {name: reduce(self.features[name][images]) for name in reversed(self.layers)}
+        features = {name: reduce(self.features[name][images]) for name in self.features}
         return SimpleNamespace(logits=None, features=features)
 
 
@@ -108,6 +108,20 @@ def test_the_first_minute_with_a_real_teacher():
     expected = linear_cka(first.mean((2, 3)), third.mean((2, 3))).item()
     assert table.loc["0", "2"] == pytest.approx(expected, abs=1e-6)
     assert len(LayerClustering(n_clusters=2).fit(table).hint_points_) == 2
+
+
+def test_layers_stand_in_the_order_in_which_they_run_however_they_were_named(features):
+    teacher = FakeTeacher(features)
+    assert teacher.layers == ["head", "block.1", "block.0", "stem"]
+    assert profile_layers(teacher, batches(300, 64)).layers == ["stem", "block.0", "block.1", "head"]
+
+
+def test_batches_may_be_what_a_data_loader_gives(features):
+    plain = profile_layers(FakeTeacher(features), batches(300, 64)).similarity("linear_cka")
+    rows = torch.arange(300)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows, rows), batch_size=64)
+    for other in (loader, rows.split(64)):
+        assert profile_layers(FakeTeacher(features), other).similarity("linear_cka").equals(plain)
 
 
 def test_half_precision_features_are_pooled_in_float32():
@@ -215,6 +229,18 @@ def test_errors_name_what_is_wrong_and_what_is_there(features):
         profile.resample(seeded(), fraction=0)
     with pytest.raises(ValueError, match="'a': 3, 'b': 4"):
         LayerProfile.from_features({"a": torch.zeros(3, 2), "b": torch.zeros(4, 2)})
+    with pytest.raises(ValueError, match="rows that are not among the 300 kept"):
+        profile.subset([5, 300])
+    with pytest.raises(ValueError, match="leaves 0 images"):
+        profile.subset([])
+    with pytest.raises(ValueError, match="chunks is -1"):
+        profile_layers(FakeTeacher(features), batches(300, 64), chunks=-1)
+    with pytest.raises(ValueError, match="captures no layers"):
+        profile_layers(FakeTeacher({}), batches(300, 64))
+    with pytest.raises(TypeError, match="Linear, which cannot observe: pass FrozenTeacher"):
+        profile_layers(torch.nn.Linear(2, 2), batches(300, 64))
+    with pytest.raises(ValueError, match="rbf_cka needs the features of two images"):
+        profile_layers(FakeTeacher(features), batches(300, 64), keep_images=1).similarity("rbf_cka")
     features["block.1"][17, 0, 0] = torch.inf
     with pytest.raises(ValueError, match="layer 'block.1' gives features that are not finite"):
         profile_layers(FakeTeacher(features), batches(300, 64))
@@ -235,7 +261,7 @@ def test_beyond_the_images_to_keep_a_uniform_sample_stays(features):
     other = profile_layers(FakeTeacher(features), batches(3000, 250), keep_images=400, seed=1)
     assert again.images.tolist() == some.images.tolist() != other.images.tolist()
     pd.testing.assert_frame_equal(some.similarity("rbf_cka"), full.subset(kept.long()).similarity("rbf_cka"))
-    with pytest.raises(ValueError, match="features of all 3000 images and 400 were kept.*keep_images=3000.*chunks=16"):
+    with pytest.raises(ValueError, match=r"features of all 3000 images \(400 were kept\).*keep_images=3000.*chunks=16"):
         some.resample(seeded())
 
 
@@ -258,22 +284,28 @@ def test_moments_per_chunk_resample_without_any_features(features):
         f += 0.3 * f.std() * torch.randn(f.shape, generator=seeded(3))
     lean = profile_layers(FakeTeacher(many), batches(4200, 250), keep_images=0, chunks=3)
     plain = LayerProfile.from_features(many)
-    assert [part.n for part in lean.parts] == [2048, 1128, 1024]
+    part_of = profiling._part_of(np.arange(4200), 3)
+    assert [part.n for part in lean.parts] == np.bincount(part_of).tolist()
     whole = lean.resample(seeded(), fraction=1.0)
+    drawn = sorted(torch.randperm(3, generator=seeded(4))[:2].tolist())
     half = lean.resample(seeded(4), fraction=2 / 3)
-    rows = {2048: [0, 3], 1128: [1, 4], 1024: [2]}
-    left_out = next(part.n for part in lean.parts if part.n == 4200 - half.n_images)
-    kept = [chunk for n, chunks in rows.items() if n != left_out for chunk in chunks]
-    alone = plain.subset(torch.cat([torch.arange(1024 * c, min(1024 * (c + 1), 4200)) for c in sorted(kept)]))
+    alone = plain.subset(torch.from_numpy(np.isin(part_of, drawn)))
     for metric in [metric for metric in METRICS if metric != "rbf_cka"]:
         pd.testing.assert_frame_equal(whole.similarity(metric), plain.similarity(metric), atol=1e-9, rtol=0)
         pd.testing.assert_frame_equal(half.similarity(metric), alone.similarity(metric), atol=1e-9, rtol=0)
     assert "3 chunks" in repr(lean)
     sampled = profile_layers(FakeTeacher(many), batches(4200, 250), keep_images=900, chunks=3).resample(seeded(4), 2 / 3)
-    drawn = set(sampled.images // 1024)
-    assert drawn == set(kept) and 300 < len(sampled.features) == len(sampled.images) < 900
+    assert set(part_of[sampled.images]) == set(drawn) and 300 < len(sampled.features) == len(sampled.images) < 900
     rows = torch.from_numpy(sampled.images)
     pd.testing.assert_frame_equal(sampled.similarity("rbf_cka"), plain.subset(rows).similarity("rbf_cka"))
+
+
+def test_images_are_dealt_to_chunks_without_regard_to_their_order():
+    part_of = profiling._part_of(np.arange(48_000), 16)
+    by_class = np.stack([np.bincount(rows, minlength=16) for rows in part_of.reshape(16, 3000)])  # sorted by class
+    # Each count is binomial(3000, 1/16): mean 187.5, standard deviation 13.3.
+    assert abs(by_class - 187.5).max() < 5 * 13.3 and 10 < by_class.std() < 17
+    assert abs(np.corrcoef(part_of[:-1], part_of[1:])[0, 1]) < 0.03
 
 
 def test_the_squared_norms_are_moved_to_the_mean_of_all_rows():

@@ -6,7 +6,7 @@ import torch
 from scipy.spatial.distance import pdist, squareform
 from sklearn.cross_decomposition import CCA
 
-from pursuhint_lib.similarity import linear_cka, r2_cca, rbf_cka
+from pursuhint_lib.similarity import linear_cka, r2_cca, rbf_cka, svcca
 
 PAIRWISE = {"linear_cka": linear_cka, "rbf_cka": rbf_cka, "r2_cca": r2_cca}
 every_metric = pytest.mark.parametrize("similarity", PAIRWISE.values(), ids=PAIRWISE.keys())
@@ -186,3 +186,19 @@ def test_rbf_cka_survives_a_layer_that_is_silent_for_most_images():
 def test_inputs_that_cannot_be_compared_are_refused(similarity, x, y, complaint):
     with pytest.raises(ValueError, match=complaint):
         similarity(x, y)
+
+
+def test_svcca_keeps_all_of_several_equal_directions_or_none():
+    # Ten directions of equal variance: nine of them hold less than 95 %, and which nine would be anybody's guess.
+    x = torch.linalg.qr(torch.randn(60, 10, generator=seeded(4), dtype=torch.float64)).Q
+    y = x[:, :5] + 0.5 * torch.randn(60, 5, generator=seeded(5), dtype=torch.float64)
+    x = x - x.mean(0)
+    x = torch.linalg.qr(x).Q
+    assert svcca(x, y, variance=0.85).item() == pytest.approx(svcca(x @ rotation(10), y, variance=0.85).item(), abs=1e-9)
+
+
+def test_arrays_are_taken_as_tensors_and_complex_numbers_are_refused():
+    x, y = related()
+    assert linear_cka(x.numpy(), y.numpy()) == linear_cka(x, y)
+    with pytest.raises(ValueError, match="x is complex"):
+        linear_cka(x + 1j, y)
