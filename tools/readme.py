@@ -7,7 +7,7 @@ import pandas as pd
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ("digits", "cifar100_quick")  # of record
+STUDIES = ("digits", "digits_controls", "cifar100_quick")  # of record
 BEGIN = "<!-- results: written by `make readme` from the tables in reports/ -->\n"
 END = "<!-- /results -->"
 HEAD = (
