@@ -2,6 +2,10 @@
 
 An arm is one way to train the student (method x strategy); with a seed it gives one student. Students of one seed start
 from the same weights and see the same batches, so arms are compared in pairs.
+
+A method is written as a sum of names: at most one of `logit_losses.LOGIT_LOSSES` (kd, if there is none) and any of
+`methods.METHODS`. A hint takes the layers of the arm's strategy, or always those of one strategy that is named behind an
+"@": "at", "wsld+at", "dkd", "at+crd@last".
 """
 
 import hashlib
@@ -10,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -20,34 +24,69 @@ from pursuhint_lib.controls import ControlTeacher
 from pursuhint_lib.data import Batches
 from pursuhint_lib.features import FrozenTeacher
 from pursuhint_lib.hints import HintPair, HintPoints, pair_layers
-from pursuhint_lib.learners import Distilled, Hint, balance_hints, feature_key
+from pursuhint_lib.learners import Distilled, Hint, SilentHint, balance_hints, feature_key
+from pursuhint_lib.logit_losses import LOGIT_LOSSES
 from pursuhint_lib.methods import METHODS
 from pursuhint_lib.models import load_model, save_model, state_hash
-from pursuhint_lib.params import DistillStudents
+from pursuhint_lib.params import DistillStudents, nearest
 from pursuhint_lib.progress import Progress
 from pursuhint_lib.storage import read_json, read_table, run_folder, save_json, save_table
 from pursuhint_lib.study import StudyImages, fixed_batches, fresh_network, training_batches, training_facts
 from pursuhint_lib.tracking import StageRun
 from pursuhint_lib.training import Learner, Schedule, autocast, fit
 
+PAIR_COLUMNS = ["arm", "method", "hint", "teacher_layer", "student_layer", "teacher_shape", "student_shape"]
+PAIR_COLUMNS += ["source", "redrawn"]
 TIMING_COLUMNS = ["seconds", "finished"]  # the only ones that differ between equal runs; kept in a table of their own
+
+
+class Objective(NamedTuple):
+    """What a method asks of the student. hints: (hint method, the strategy that it always takes, or "" for the arm's)."""
+
+    logit_loss: str
+    hints: tuple[tuple[str, str], ...]
+
+
+def parse_method(text: str) -> Objective:
+    """Read a method as a study writes it ("wsld+crd@last"), see above. Raises ValueError, one line, for what is none."""
+    logit_losses, hints = [], []
+    for part in text.split("+"):
+        name, at, strategy = part.partition("@")
+        if name not in METHODS and name not in LOGIT_LOSSES:
+            allowed = [*METHODS, *LOGIT_LOSSES]
+            raise ValueError(f"unknown{nearest(name, allowed)} (allowed, joined by +: {', '.join(allowed)})")
+        if name in logit_losses or name in dict(hints):
+            raise ValueError(f"names {name} twice (allowed: each name once)")
+        if at and (name in LOGIT_LOSSES or not strategy):
+            raise ValueError(f"{part} (allowed behind a hint method: @ and a strategy)")
+        if name in LOGIT_LOSSES:
+            logit_losses.append(name)
+        else:
+            hints.append((name, strategy))
+    if len(logit_losses) > 1:
+        raise ValueError(f"matches logits in {len(logit_losses)} ways (allowed: one of {', '.join(LOGIT_LOSSES)})")
+    return Objective(logit_losses[0] if logit_losses else "kd", tuple(hints))
 
 
 @dataclass(frozen=True)
 class Arm:
     """One way to train the student.
 
-    same_as names an earlier arm with the same method, the same pairs and the same `redrawn` (two strategies chose the
-    same layers): such an arm is not trained, its results are the other's.
-    redrawn: M > 0: of the pairs, candidates all of them, M teach at every step, drawn anew, see `learners.Hint`.
+    same_as names an earlier arm with the same logit loss and the same hints (two strategies chose the same layers):
+    such an arm is not trained, its results are the other's.
     """
 
     name: str
     method: str
     strategy: str
-    pairs: tuple[HintPair, ...] = ()
+    hints: tuple[Hint, ...] = ()
+    logit_loss: str = "kd"
     same_as: str = ""
-    redrawn: int = 0
+
+    @property
+    def pairs(self) -> tuple[HintPair, ...]:
+        """Of all hints."""
+        return tuple(pair for hint in self.hints for pair in hint.pairs)
 
 
 def study_arms(
@@ -55,30 +94,47 @@ def study_arms(
     methods: Sequence[str],
     teacher_table: pd.DataFrame,
     student_table: pd.DataFrame,
+    hint_weights: Mapping[str, float] | None = None,
 ) -> list[Arm]:
-    """`kd` (no hints), then every method with every strategy, in the order given."""
+    """`kd` (no hints), then every method with every strategy, in the order given.
+
+    A method without hints, or whose hints all name a strategy of their own, is one arm. hint_weights: of hint methods;
+    one left out has its published weight. Raises ValueError, one line, for a method or a strategy that is not there.
+    """
     arms = [Arm("kd", "kd", "none")]
     for method in methods:
-        for strategy, points in hint_points.items():
-            pairs = tuple(pair_layers(points, teacher_table, student_table))
-            arm = Arm(f"{method}_{strategy}", method, strategy, pairs, redrawn=points.redrawn)
+        objective = parse_method(method)
+        own = [strategy for _, strategy in objective.hints]
+        unknown = next((name for name in own if name and name not in hint_points), None)
+        if unknown:
+            raise ValueError(f"method {method!r}: no strategy {unknown!r} (there are {', '.join(hint_points)})")
+        for strategy in hint_points if "" in own else ["+".join(dict.fromkeys(own)) or "none"]:
+            hints = []
+            for name, of_its_own in objective.hints:
+                points = hint_points[of_its_own or strategy]
+                weight = (hint_weights or {}).get(name, METHODS[name].published_weight)
+                pairs = tuple(pair_layers(points, teacher_table, student_table))
+                hints.append(Hint(name, pairs, weight, points.redrawn))
+            name = f"{method}_{strategy}" if "" in own else method
+            arm = Arm(name, method, strategy, tuple(hints), objective.logit_loss)
             twin = next((earlier.name for earlier in arms if _training(earlier) == _training(arm)), "")
-            arms.append(replace(arm, same_as=twin))
+            if name not in [earlier.name for earlier in arms]:
+                arms.append(replace(arm, same_as=twin))
     return arms
 
 
 def _training(arm: Arm) -> tuple:
     """What decides the arm's students: arms that agree in it have the same."""
-    return arm.method, arm.pairs, arm.redrawn
+    return arm.logit_loss, arm.hints
 
 
 def pair_table(arms: Sequence[Arm], teacher_table: pd.DataFrame, student_table: pd.DataFrame) -> pd.DataFrame:
-    """Which teacher layer speaks to which student layer: one row per arm and pair.
+    """Which teacher layer speaks to which student layer: one row per arm, hint method and pair.
 
-    Columns: arm; hint, the number of the student layer among those that are taught (from 1); teacher_layer,
-    student_layer; teacher_shape, student_shape (CxHxW); source, whose features (`hints.SOURCES`); redrawn, 0 where the
-    pair teaches at every step. A redrawn arm has a row for every pair that can be drawn, of which `redrawn` teach at a
-    time: each of its hints has several rows.
+    Columns: arm; method, the hint method; hint, the number of the student layer among those that this method teaches
+    (from 1); teacher_layer, student_layer; teacher_shape, student_shape (CxHxW); source, whose features
+    (`hints.SOURCES`); redrawn, 0 where the pair teaches at every step. A redrawn hint has a row for every pair that can
+    be drawn, of which `redrawn` teach at a time.
     """
     shapes = {
         role: {row.layer: f"{row.channels}x{row.height}x{row.width}" for row in table.itertuples()}
@@ -88,32 +144,31 @@ def pair_table(arms: Sequence[Arm], teacher_table: pd.DataFrame, student_table: 
     rows = [
         {
             "arm": arm.name,
-            "hint": hint,
+            "method": hint.method,
+            "hint": number,
             "teacher_layer": pair.teacher_layer,
             "student_layer": pair.student_layer,
             "teacher_shape": shapes["teacher"][pair.teacher_layer],
             "student_shape": shapes["student"][pair.student_layer],
             "source": pair.source,
-            "redrawn": arm.redrawn,
+            "redrawn": hint.redrawn,
         }
         for arm in arms
-        for hint, pair in _numbered_pairs(arm, depth)
+        for hint in arm.hints
+        for number, pair in _numbered_pairs(hint, depth)
     ]
-    columns = ["arm", "hint", "teacher_layer", "student_layer", "teacher_shape", "student_shape", "source", "redrawn"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=PAIR_COLUMNS)
 
 
-def _numbered_pairs(arm: Arm, depth: Mapping[str, int]) -> list[tuple[int, HintPair]]:
-    """The arm's pairs with the number of their hint, by the depth of the student layer; those left out that are never
-    drawn.
-    """
-    taught = sorted({pair.student_layer for pair in arm.pairs}, key=depth.__getitem__)
-    numbered = [(taught.index(pair.student_layer) + 1, pair) for pair in arm.pairs]
-    if not arm.redrawn:
+def _numbered_pairs(hint: Hint, depth: Mapping[str, int]) -> list[tuple[int, HintPair]]:
+    """The hint's pairs with the number of their student layer, by its depth; those left out that are never drawn."""
+    taught = sorted({pair.student_layer for pair in hint.pairs}, key=depth.__getitem__)
+    numbered = [(taught.index(pair.student_layer) + 1, pair) for pair in hint.pairs]
+    if not hint.redrawn:
         return sorted(numbered, key=lambda of: of[0])
     # Of L layers, drawn in order, the i-th of M (from 0) is one of i .. L - M + i: no other pair can come up.
-    most = len(arm.pairs) // arm.redrawn - arm.redrawn
-    places = [divmod(number, arm.redrawn) for number in range(len(arm.pairs))]
+    most = len(hint.pairs) // hint.redrawn - hint.redrawn
+    places = [divmod(number, hint.redrawn) for number in range(len(hint.pairs))]
     return [of for (layer, i), of in zip(places, numbered, strict=True) if 0 <= layer - i <= most]
 
 
@@ -145,46 +200,54 @@ class Distillation:
     def learner(self, arm: Arm, seed: int) -> Distilled:
         """A fresh student of `seed` with the arm's hints, weighed as the parameters say.
 
-        With balance "gradient" the weights are set on the first four batches of epoch 0, see `learners.balance_hints`.
-        Redrawn arms of one seed draw the same layers at the same step, whatever their method.
-        Raises ValueError, one line, for a source of hints that the teacher does not have.
+        With balance "gradient" the weights are set on the first four batches of epoch 0, see `learners.balance_hints`;
+        a hint without a gradient makes the learner `silent`. Redrawn arms of one seed draw the same layers at the same
+        step, whatever their method. Raises ValueError, one line, for a source of hints that the teacher does not have.
         """
         self._check_sources(arm)
-        published = METHODS[arm.method].published_weight if arm.pairs else 0.0
-        weight = self.params.hint_weights.get(arm.method, published)
         learner = Distilled(
             fresh_network(self.params.student, self.images, seed),
             ce_weight=self.params.ce_weight,
-            kd_weight=self.params.kd_weight,
+            logit_loss=arm.logit_loss,
+            logit_weight=self._logit_weight(arm.logit_loss),
             temperature=self.params.temperature,
-            hints=[Hint(arm.method, arm.pairs, weight, arm.redrawn)] if arm.pairs else [],
+            hints=arm.hints,
             teacher_table=self.teacher_table,
             student_table=self.student_table,
+            labels=self.images.train.labels,
             seed=seed,
         ).to(self.device, memory_format=torch.channels_last)
-        if arm.pairs and self.params.balance == "gradient":
+        if arm.hints and self.params.balance == "gradient":
             first = list(itertools.islice(self.batches(seed).epoch(0), 4))
             with autocast(self.device, self.dtype):
                 observations = [self.teacher.observe(batch.images, layers=learner.teacher_layers) for batch in first]
-                balance_hints(learner, first, observations, self.params.hint_share)
+                try:
+                    balance_hints(learner, first, observations, self.params.hint_share)
+                except SilentHint as silent:
+                    learner.silent = str(silent)
         return learner
+
+    def _logit_weight(self, logit_loss: str) -> float:
+        if logit_loss in ("kd", "kd_std"):
+            return self.params.kd_weight
+        return self.params.logit_weights.get(logit_loss, LOGIT_LOSSES[logit_loss].published_weight)
 
     def key(self, arm: Arm) -> str:
         """Hash of all that decides the arm's students but the seed, see `training_key`."""
         self._check_sources(arm)
-        control = {"redrawn": arm.redrawn} if arm.redrawn else {}
+        control = {}
         if any(pair.source == "untrained" for pair in arm.pairs):
             # Its weights alone: its batch-norm statistics follow from them and from the facts below, though their last
             # bits differ between kinds of CPU, and a finished student should be known again on another.
             control["untrained"] = state_hash(nn.ParameterList(self.teacher.untrained.model.parameters()))
-        names = {"student", "ce_weight", "kd_weight", "temperature", "balance", "hint_share", "hint_weights"}
         return training_key(
-            method=arm.method,
-            pairs=[_pair_facts(pair) for pair in arm.pairs],
+            hints=[asdict(hint) for hint in arm.hints],
+            logit_loss=arm.logit_loss,
+            logit_weight=self._logit_weight(arm.logit_loss),
             **control,
             teacher=state_hash(self.teacher.model),
             schedule=asdict(self.schedule),
-            **self.params.model_dump(include=names),
+            **self.params.model_dump(include={"student", "ce_weight", "temperature", "balance", "hint_share"}),
             **training_facts(self.params, self.images, self.params.batch_size, self.device, self.dtype),
         )
 
@@ -196,14 +259,16 @@ class Distillation:
                 "not have: make the teacher with controls.control_teacher"
             )
 
-    def train(self, arms: Sequence[Arm], folder: Path) -> pd.DataFrame:
+    def train(self, arms: Sequence[Arm], folder: Path, seeds: Sequence[int] | None = None) -> pd.DataFrame:
         """Train every arm that is not `same_as` another, seed by seed in lockstep, and keep the students in `folder`.
+
+        seeds: some of the study's; all, if not given.
 
         Returns the histories of all arms and seeds; see `train_and_keep` for what is not trained again, and for errors.
         """
         trained = {arm.name: arm for arm in arms if not arm.same_as}
         keys = {name: self.key(arm) for name, arm in trained.items()}
-        seeds, epochs = self.params.seeds, self.params.epochs
+        seeds, epochs = seeds or self.params.seeds, self.params.epochs
         progress = Progress(folder, len(seeds) * len(trained) * epochs, "student epochs")
         histories = [
             train_and_keep(
@@ -223,13 +288,6 @@ class Distillation:
         return pd.concat(histories, ignore_index=True)
 
 
-def _pair_facts(pair: HintPair) -> dict[str, str]:
-    facts = asdict(pair)
-    if pair.source == "trained":
-        del facts["source"]  # so that pairs which have no part in the controls keep the facts that they always had
-    return facts
-
-
 def training_key(**facts: Any) -> str:
     """Hash of everything that decides a trained network: the given facts (JSON-able), the training code, torch's
     version.
@@ -240,7 +298,8 @@ def training_key(**facts: Any) -> str:
 
 def _code_hash() -> str:
     here = Path(__file__).parent
-    names = ["arms", "controls", "data", "features", "hints", "learners", "losses", "methods", "study", "training"]
+    names = ["arms", "controls", "data", "features", "hint_losses", "hints", "learners", "logit_losses", "losses"]
+    names += ["methods", "study", "training"]
     files = [here / f"{name}.py" for name in names] + sorted((here / "models").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -255,7 +314,7 @@ def check_trained(history: pd.DataFrame, parameter: str) -> None:
     failed = history[history["status"] == "failed"]
     for row in failed.itertuples():
         raise ValueError(
-            f"{row.arm} seed {row.seed}: the loss was no longer finite in epoch {row.epoch}; lower {parameter}, delete "
+            f"{row.arm} seed {row.seed}: {row.reason} in epoch {row.epoch}; lower {parameter}, delete "
             "its file below networks/ and run again"
         )
 
@@ -343,6 +402,8 @@ def _reporter(progress: Progress, epochs: int) -> Callable[[int, pd.DataFrame], 
             progress.skip(f"seed {seed}: {epoch - 1} epochs from the checkpoint", by=(epoch - 1) * len(rows))
         told = epoch
         which = f"{len(rows)} students, best {best['arm']}" if len(rows) > 1 else best["arm"]
+        for row in rows[rows["status"] == "failed"].itertuples():
+            which = f"{row.arm} FAILED ({row.reason}); {which}"
         progress.advance(
             f"seed {seed} epoch {epoch}/{epochs}: {which} {best['val_accuracy']:.1%} on validation", by=len(rows)
         )
@@ -384,6 +445,24 @@ def split_timings(history: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return history.drop(columns=TIMING_COLUMNS), history[["arm", "seed", "epoch", *TIMING_COLUMNS]]
 
 
+def terms_left(history: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame:
+    """How much of each term is left, relative to the first epoch that had it, since methods have different scales.
+
+    `history` with two more columns: logits_left, and hints_left, the mean over the methods of an arm with several; NaN
+    where an arm has no such term in an epoch.
+    """
+    history = history.copy()
+    of_arm = {arm.name: arm for arm in arms}
+    for arm_name, rows in history.groupby("arm", sort=False):
+        arm = of_arm[arm_name]
+        for column, terms in (("logits_left", [arm.logit_loss]), ("hints_left", [hint.method for hint in arm.hints])):
+            terms = [term for term in dict.fromkeys(terms) if term in rows]
+            if terms:
+                first = rows.groupby("seed")[terms].transform("first")
+                history.loc[rows.index, column] = (rows[terms] / first).mean(axis="columns")
+    return history
+
+
 def student_table_rows(history: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame:
     """One row per arm and seed, from the last epoch: arm, method, strategy, same_as, seed, val_accuracy, status.
 
@@ -412,16 +491,22 @@ def log_students(run: StageRun, arms: Sequence[Arm], histories: pd.DataFrame, di
     params = distillation.params
     for arm in arms:
         if not arm.same_as:
-            keys = [feature_key(pair) for pair in arm.pairs]
-            hint_points = f"{arm.redrawn} drawn of {', '.join(dict.fromkeys(keys))}" if arm.redrawn else ", ".join(keys)
+            hint_points = "; ".join(_shown_points(hint, len(arm.hints) > 1) for hint in arm.hints)
             facts = {
                 "network": params.student,
                 "teacher": params.teacher,
                 "method": arm.method,
                 "strategy": arm.strategy,
+                "logit_loss": arm.logit_loss,
+                "hint_points": hint_points or "none",
+                "epochs": params.epochs,
             }
-            facts |= {"hint_points": hint_points or "none", "epochs": params.epochs}
             for seed in params.seeds:
                 run.log_trained_model(
                     arm=arm.name, seed=seed, history=histories, params=facts, key=distillation.key(arm)
                 )
+
+
+def _shown_points(hint: Hint, named: bool) -> str:
+    layers = ", ".join(dict.fromkeys(map(feature_key, hint.pairs)) if hint.redrawn else map(feature_key, hint.pairs))
+    return (f"{hint.method}: " if named else "") + (f"{hint.redrawn} drawn of " if hint.redrawn else "") + layers

@@ -329,6 +329,7 @@ def select_hint_points(
     strategy: one of `STRATEGIES`:
         "none"             no layer: the student learns from labels and logits alone
         "stage_ends"       the last layer of each stage; see `stage_points` for other numbers of stages
+        "last"             the last layer alone
         "uniform"          the middles of n_hints equal groups along depth
         "random"           layers drawn without replacement by `seed`
         "clustered"        the method: centers of clusters of alike layers (`LayerClustering`)
@@ -341,13 +342,13 @@ def select_hint_points(
         "redrawn"          n_hints of all layers, drawn anew at every step
     similarity: labelled (L, L) table; only strategies with clusters look at it, the others take None as well.
     layers: the teacher's layer table, columns `layer` and `stage_end`, in execution order.
-    n_hints: M, from 1 to L; "none" and "single" ignore it.
+    n_hints: M, from 1 to L; "none", "last" and "single" ignore it.
     Raises ValueError for an unknown strategy, an impossible n_hints, a seed beyond the layers or subsets it counts, or
     a similarity of other layers than the table's.
     """
     if strategy not in STRATEGIES:
         raise ValueError(_unknown("strategy", strategy, STRATEGIES))
-    if strategy not in ("none", "single"):
+    if strategy not in ("none", "last", "single"):
         _check_count("n_hints", n_hints, len(layers))
     rule = STRATEGIES[strategy]
     indices, labels = rule.choose(_Request(similarity, layers, n_hints, seed))
@@ -370,6 +371,10 @@ def _none(request: _Request) -> tuple[list[int], None]:
 
 def _stage_ends(request: _Request) -> tuple[list[int], None]:
     return stage_points(request.layers, request.n_hints), None
+
+
+def _last(request: _Request) -> tuple[list[int], None]:
+    return [len(request.layers) - 1], None
 
 
 def _uniform(request: _Request) -> tuple[list[int], None]:
@@ -447,6 +452,7 @@ class _Strategy(NamedTuple):
 STRATEGIES: dict[str, _Strategy] = {
     "none": _Strategy(_none),
     "stage_ends": _Strategy(_stage_ends),
+    "last": _Strategy(_last),
     "uniform": _Strategy(_uniform),
     "random": _Strategy(_random),
     "clustered": _Strategy(_clustered),

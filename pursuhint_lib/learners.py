@@ -1,14 +1,14 @@
 """Students that learn: one contract for everything that can be trained.
 
-A learner turns a batch (and what the teacher saw of it) into named loss terms: ``learner.losses(batch, observation)``
-returns ``loss`` (what is minimized), ``logits`` (B, K), and each unweighted term under its name (``cls``, ``kd``,
-``hint``). The training loop knows nothing else of a method.
+A learner turns a batch (and what the teacher saw of it) into named loss terms: ``learner.losses(batch, observation,
+progress)`` returns ``loss`` (what is minimized), ``logits`` (B, K), each unweighted term under its name (``cls``, a
+logit loss like ``kd``, a hint method like ``at``), and what it adds to the loss under ``weighted_<name>``. The training
+loop knows nothing else of a method.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from pursuhint_lib.data import Batch
 from pursuhint_lib.features import FeatureExtractor, Observation
 from pursuhint_lib.hints import HintPair
-from pursuhint_lib.losses import cls_loss, kd_loss
-from pursuhint_lib.methods import METHODS, Shape
+from pursuhint_lib.logit_losses import LOGIT_LOSSES
+from pursuhint_lib.losses import cls_loss
+from pursuhint_lib.methods import METHODS, HintMethod, Shape
 
 
 @contextlib.contextmanager
@@ -37,13 +38,14 @@ class Supervised(nn.Module):
 
     teacher_layers: tuple[str, ...] = ()
     needs_teacher = False
+    silent = ""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def losses(self, batch: Batch, observation: Observation | None) -> dict[str, Tensor]:
-        """`observation` is not looked at."""
+    def losses(self, batch: Batch, observation: Observation | None, progress: float = 1.0) -> dict[str, Tensor]:
+        """`observation` and `progress` are not looked at."""
         logits = self.model(batch.images)
         cls = cls_loss(logits, batch.labels)
         return {"loss": cls, "logits": logits, "cls": cls}
@@ -78,25 +80,34 @@ class Hint:
             )
 
 
+class SilentHint(ValueError):
+    """A hint that gives the student no gradient: its arm would be a null result by construction."""
+
+
 class Distilled(nn.Module):
     """A student that learns from labels, from the teacher's logits and from hints.
 
-    loss = ce_weight * cls + kd_weight * kd + sum over the pairs that teach of weight * hint.
+    loss = ce_weight * cls + logit_weight * logit_loss + sum over the pairs that teach of weight * hint.
+
+    logit_loss: a key of `logit_losses.LOGIT_LOSSES`. labels: (N,) of all training images, for the methods that contrast
+    an image with those of other classes; a batch's `index` are rows of it.
 
     Adapters are built from the two layer tables (columns layer, channels, height, width), seeded by `seed`, live in
     `self.adapters` and train with the student `self.model`, which alone is saved. `hint_weights` holds one weight per
     pair and is part of the state, so that balanced weights (see `balance_hints`) survive an interruption.
 
     Where a hint is redrawn, every candidate pair has an adapter, and which pairs teach depends on (seed, `step`) alone.
-    `step` counts the calls of `losses` and is part of the state, too; without such a hint it is None. A resting adapter
-    has a gradient of zero: it takes its step of momentum and weight decay as if its term had weight 0.
+    `step` counts the calls of `losses` and is part of the state, too; without such a hint it is None.
 
-    `teacher_layers` names the features that `losses` needs of the observation, see `feature_key`.
+    `teacher_layers` names the features that `losses` needs of the observation, see `feature_key`. `silent` says, if it
+    is not empty, why this learner is not worth training (see `balance_hints`).
 
-    Raises ValueError for an unknown method or for a pair whose layer is in neither table.
+    Raises ValueError for an unknown method or logit loss, for a pair whose layer is in neither table, and for a redrawn
+    hint of a method that joins all its pairs.
     """
 
     needs_teacher = True
+    silent = ""
     hint_weights: Tensor
     step: Tensor | None
 
@@ -105,54 +116,98 @@ class Distilled(nn.Module):
         model: nn.Module,
         *,
         ce_weight: float,
-        kd_weight: float,
+        logit_weight: float,
         temperature: float,
+        logit_loss: str = "kd",
         hints: Sequence[Hint] = (),
         teacher_table: pd.DataFrame | None = None,
         student_table: pd.DataFrame | None = None,
+        labels: Tensor | None = None,
         seed: int = 0,
     ):
         super().__init__()
+        if logit_loss not in LOGIT_LOSSES:
+            raise ValueError(f"unknown logit loss {logit_loss!r} (allowed: {', '.join(LOGIT_LOSSES)})")
         self.model = model
-        self.ce_weight, self.kd_weight, self.temperature = ce_weight, kd_weight, temperature
-        self.hints, self.seed = list(hints), seed
+        self.ce_weight, self.logit_weight, self.temperature = ce_weight, logit_weight, temperature
+        self.logit_loss, self.hints, self.seed = logit_loss, list(hints), seed
         self.pairs = [pair for hint in hints for pair in hint.pairs]
-        self.n_teaching = sum(hint.redrawn or len(hint.pairs) for hint in hints)  # pairs that teach at one step
+        self.methods = [hint.method for hint in hints for _ in hint.pairs]  # of each pair
         self.teacher_layers = tuple(dict.fromkeys(map(feature_key, self.pairs)))
+        labels = torch.empty(0, dtype=torch.int64) if labels is None else labels
+        self.adapters = nn.ModuleList()
+        self._served: list[list[int]] = []  # numbers of the pairs that each adapter serves
+        weights = []
         with seeded(seed):
-            self.adapters = nn.ModuleList(
-                _method(hint.method)(
-                    _shape(student_table, pair.student_layer), _shape(teacher_table, pair.teacher_layer)
-                )
-                for hint in hints
-                for pair in hint.pairs
-            )
-        weights = list(chain.from_iterable([hint.weight] * len(hint.pairs) for hint in hints))
+            for hint in hints:
+                method, numbers = _method(hint), list(range(len(weights), len(weights) + len(hint.pairs)))
+                weights += [hint.weight] * len(numbers)
+                student = [_shape(student_table, pair.student_layer) for pair in hint.pairs]
+                teacher = [_shape(teacher_table, pair.teacher_layer) for pair in hint.pairs]
+                if method.joint:
+                    self.adapters.append(method(student, teacher, labels))
+                    self._served.append(numbers)
+                else:
+                    self.adapters.extend(method(s, t, labels) for s, t in zip(student, teacher, strict=True))
+                    self._served += [[number] for number in numbers]
         self.register_buffer("hint_weights", torch.tensor(weights, dtype=torch.float32))
         redrawn = any(hint.redrawn for hint in hints)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64) if redrawn else None)
         student_layers = list(dict.fromkeys(pair.student_layer for pair in self.pairs))
         self._extract = FeatureExtractor(model, student_layers).__enter__() if student_layers else None
 
-    def losses(self, batch: Batch, observation: Observation) -> dict[str, Tensor]:
-        """The terms of one batch. `hint` is the mean of the unweighted terms of the pairs that teach, `hint_part` the
-        weighted sum.
+    def losses(self, batch: Batch, observation: Observation, progress: float = 1.0) -> dict[str, Tensor]:
+        """The terms of one batch: loss, logits, and per term the unweighted value and the weighted one.
+
+        The term of a hint method is the mean over its pairs that teach; weighted, it is their weighted sum.
+        progress: fraction of the training that is done, in [0, 1); 1 is the main phase, after all warm-ups and
+        pre-stages. A term that has no part in the loss at this point of the training is left out; while a method
+        prepares itself, `<method>_preparation` is part of the loss (and teaches the student nothing).
         """
-        teaching = self._draw()
-        logits, cls, kd, hints = self._terms(batch, observation, teaching)
-        loss = self.ce_weight * cls + self.kd_weight * kd
-        terms = {"logits": logits, "cls": cls, "kd": kd}
-        if hints:
-            hint_terms = torch.stack(hints)  # (pairs that teach,)
-            hint_part = (torch.stack([self.hint_weights[i] for i in teaching]) * hint_terms).sum()
-            loss = loss + hint_part
-            resting = [p for i, adapter in enumerate(self.adapters) if i not in teaching for p in adapter.parameters()]
-            if resting:
-                # A gradient of zero: the optimizer would pass over parameters that have none, and its fused step fails
-                # where some parameters have their momentum already and others not yet.
-                loss = loss + 0.0 * nn.utils.parameters_to_vector(resting).sum()
-            terms |= {"hint": hint_terms.mean(), "hint_part": hint_part}
-        return {"loss": loss} | terms
+        volume = self._volume(progress)
+        teaching = [number for number in self._draw() if volume[self.methods[number]] > 0]
+        logits, cls, logit_term, hints = self._terms(batch, observation, teaching)
+        terms = {"cls": cls, self.logit_loss: logit_term}
+        weighted = {
+            name: volume[name] * weight * terms[name]
+            for name, weight in (("cls", self.ce_weight), (self.logit_loss, self.logit_weight))
+            if volume[name] * weight > 0
+        }
+        for method in dict.fromkeys(self.methods[number] for number in teaching):
+            own = [number for number in teaching if self.methods[number] == method]
+            terms[method] = torch.stack([hints[number] for number in own]).mean()
+            part = torch.stack([self.hint_weights[number] * hints[number] for number in own]).sum()
+            weighted[method] = volume[method] * part
+        preparations = self._preparations(observation, progress)
+        loss = sum([*weighted.values(), *preparations.values()], start=0.0 * cls)
+        weighted = {f"weighted_{name}": term for name, term in weighted.items()}
+        return {"loss": loss, "logits": logits} | terms | weighted | preparations
+
+    def _volume(self, progress: float) -> dict[str, float]:
+        """What each term's weight is multiplied with at this point of the training, by the term's name."""
+
+        def warmed(warm_up: float) -> float:
+            return min(1.0, progress / warm_up) if warm_up else 1.0
+
+        volume = {"cls": 1.0, self.logit_loss: warmed(LOGIT_LOSSES[self.logit_loss].warm_up)}
+        pre_stages = {name: METHODS[name].pre_stage for name in self.methods if METHODS[name].pre_stage}
+        for name in self.methods:
+            volume[name] = warmed(METHODS[name].warm_up)
+            if name in pre_stages and progress < pre_stages[name] and _prepares(name):
+                volume[name] = 0.0
+        alone = [name for name in pre_stages if not _prepares(name)]
+        if any(progress < pre_stages[name] for name in alone):
+            return {name: float(name in alone) for name in volume}
+        return volume | dict.fromkeys(alone, 0.0)
+
+    def _preparations(self, observation: Observation, progress: float) -> dict[str, Tensor]:
+        terms: dict[str, list[Tensor]] = {}
+        for adapter, numbers in zip(self.adapters, self._served, strict=True):
+            name = self.methods[numbers[0]]
+            if _prepares(name) and progress < METHODS[name].pre_stage:
+                feature = observation.features[feature_key(self.pairs[numbers[0]])]
+                terms.setdefault(f"{name}_preparation", []).append(adapter.prepare(feature))
+        return {name: torch.stack(of).sum() for name, of in terms.items()}
 
     def _draw(self) -> list[int]:
         """Numbers of the pairs that teach at this step, and on to the next step."""
@@ -175,16 +230,20 @@ class Distilled(nn.Module):
 
     def _terms(
         self, batch: Batch, observation: Observation, teaching: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """logits, cls, kd, and the unweighted hint terms of the pairs with these numbers."""
+    ) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
+        """logits, cls, the logit loss, and the unweighted hint terms of the pairs with these numbers, by number."""
         logits, features = self._extract(batch.images) if self._extract else (self.model(batch.images), {})
         cls = cls_loss(logits, batch.labels)
-        kd = kd_loss(logits, observation.logits, self.temperature)
-        hints = [
-            self.adapters[i](features[self.pairs[i].student_layer], observation.features[feature_key(self.pairs[i])])
-            for i in teaching
-        ]
-        return logits, cls, kd, hints
+        logit_term = LOGIT_LOSSES[self.logit_loss](logits, observation.logits, batch.labels, self.temperature)
+        hints = {}
+        for adapter, numbers in zip(self.adapters, self._served, strict=True):
+            if numbers[0] not in teaching:  # of a joint adapter all pairs teach, or none
+                continue
+            student = [features[self.pairs[number].student_layer] for number in numbers]
+            teacher = [observation.features[feature_key(self.pairs[number])] for number in numbers]
+            own = adapter(student, teacher, batch) if adapter.joint else [adapter(student[0], teacher[0], batch)]
+            hints |= zip(numbers, own, strict=True)
+        return logits, cls, logit_term, hints
 
     def close(self) -> None:
         """Take the hooks off the student. The learner cannot be trained after that."""
@@ -198,29 +257,30 @@ def balance_hints(
     """Set `learner.hint_weights` so that every pair starts with the same share of the gradient. Returns the weights
     (pairs,).
 
-    The gradient of the weighted terms cls and kd, and that of each pair's hint, are taken with respect to the student's
-    parameters on the given batches before any step; with root-mean-square norms g and h_j over the batches,
-    weight_j = share / (number of pairs that teach at one step) * g / h_j. Without this, a mean-reduced loss weighs an
-    8x8 map 16 times a 32x32 one, and where a hint is taken could not be told from how loudly it is heard. Redrawn hints
-    are weighed for all candidate pairs, and nothing is drawn. The learner's weights, batch-norm statistics and step are
-    left as they were.
+    The gradient of the weighted terms of labels and logits, and that of each pair's hint, are taken with respect to the
+    student's parameters on the given batches before any step; with root-mean-square norms g and h_j over the batches,
+    weight_j = share / (number of hints) / (number of the hint's pairs that teach at one step) * g / h_j. Without this, a
+    mean-reduced loss weighs an 8x8 map 16 times a 32x32 one, and where a hint is taken could not be told from how
+    loudly it is heard. Redrawn hints are weighed for all candidate pairs, and nothing is drawn; methods with a warm-up
+    or a pre-stage are weighed as in their main phase. The learner's weights, buffers and step are left as they were.
 
-    Raises ValueError when a hint has no gradient (it would be silent for ever).
+    Raises SilentHint when a hint has no gradient.
     """
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
-    buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
     base_square, hint_squares = 0.0, [0.0] * len(learner.pairs)
-    learner.train()
-    for batch, observation in zip(batches, observations, strict=True):
-        _, cls, kd, hints = learner._terms(batch, observation, range(len(learner.pairs)))
-        base_square += _square_norm(learner.ce_weight * cls + learner.kd_weight * kd, parameters)
-        hint_squares = [total + _square_norm(hint, parameters) for total, hint in zip(hint_squares, hints, strict=True)]
-    for name, buffer in learner.named_buffers():
-        buffer.copy_(buffers[name])
-    for pair, square in zip(learner.pairs, hint_squares, strict=True):
+    with _buffers_kept(learner):
+        for batch, observation in zip(batches, observations, strict=True):
+            _, cls, logit_term, hints = learner._terms(batch, observation, range(len(learner.pairs)))
+            base_square += _square_norm(learner.ce_weight * cls + learner.logit_weight * logit_term, parameters)
+            for number, hint in hints.items():
+                hint_squares[number] += _square_norm(hint, parameters)
+    for name, square in zip(_pair_names(learner), hint_squares, strict=True):
         if not square > 0:
-            raise ValueError(f"the hint {_shown(pair)} gives the student no gradient")
-    weights = [share / learner.n_teaching * (base_square / square) ** 0.5 for square in hint_squares]
+            raise SilentHint(f"the hint {name} gives the student no gradient")
+    shares = [
+        share / len(learner.hints) / (hint.redrawn or len(hint.pairs)) for hint in learner.hints for _ in hint.pairs
+    ]
+    weights = [own * (base_square / square) ** 0.5 for own, square in zip(shares, hint_squares, strict=True)]
     learner.hint_weights.copy_(torch.tensor(weights))
     return learner.hint_weights
 
@@ -228,35 +288,67 @@ def balance_hints(
 def gradient_norms(learner: Distilled, batch: Batch, observation: Observation) -> dict[str, float]:
     """How loudly each weighted term is heard: the norm of its gradient with respect to the student's parameters.
 
-    Keys: cls, kd, and one per pair, "teacher layer -> student layer", the teacher's by its `feature_key`; of redrawn
-    hints all candidate pairs, each as loud as it is when drawn. Batch-norm statistics and step are left as they were.
+    Keys: cls, the logit loss, and one per pair, "teacher layer -> student layer", the teacher's by its `feature_key`,
+    behind the method where there are several; of redrawn hints all candidate pairs, each as loud as it is when drawn;
+    all methods as in their main phase. Batch-norm statistics and step are left as they were.
     """
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
+    with _buffers_kept(learner):
+        _, cls, logit_term, hints = learner._terms(batch, observation, range(len(learner.pairs)))
+        terms = {"cls": learner.ce_weight * cls, learner.logit_loss: learner.logit_weight * logit_term}
+        for number, name in enumerate(_pair_names(learner)):
+            terms[name] = learner.hint_weights[number] * hints[number]
+        # Before the buffers are put back: the backward passes still need them.
+        return {name: _square_norm(term, parameters) ** 0.5 for name, term in terms.items()}
+
+
+def shares_of_gradient(learner: nn.Module, terms: dict[str, Tensor]) -> dict[str, float]:
+    """The norm of each weighted term's gradient with respect to the student's parameters, over the sum of all norms.
+
+    terms: what `losses` returned; its graph is kept. Empty for a learner without weighted terms. Keys: the terms' names.
+    """
+    parameters = [p for p in learner.model.parameters() if p.requires_grad]
+    weighted = {name.removeprefix("weighted_"): term for name, term in terms.items() if name.startswith("weighted_")}
+    norms = {name: _square_norm(term, parameters) ** 0.5 for name, term in weighted.items()}
+    total = sum(norms.values())
+    return {name: norm / total if total else 0.0 for name, norm in norms.items()}
+
+
+@contextlib.contextmanager
+def _buffers_kept(learner: Distilled) -> Iterator[None]:
+    """In train mode inside the block; after it, every buffer is as it was."""
     buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
     learner.train()
-    _, cls, kd, hints = learner._terms(batch, observation, range(len(learner.pairs)))
-    terms = {"cls": learner.ce_weight * cls, "kd": learner.kd_weight * kd}
-    for weight, hint, pair in zip(learner.hint_weights, hints, learner.pairs, strict=True):
-        terms[_shown(pair)] = weight * hint
-    norms = {name: _square_norm(term, parameters) ** 0.5 for name, term in terms.items()}
-    for name, buffer in learner.named_buffers():  # after the last backward pass, which still needs them
+    yield
+    for name, buffer in learner.named_buffers():
         buffer.copy_(buffers[name])
-    return norms
 
 
-def _shown(pair: HintPair) -> str:
-    return f"{feature_key(pair)} -> {pair.student_layer}"
+def _pair_names(learner: Distilled) -> list[str]:
+    names = [f"{feature_key(pair)} -> {pair.student_layer}" for pair in learner.pairs]
+    if len(set(learner.methods)) < 2:
+        return names
+    return [f"{method}: {name}" for method, name in zip(learner.methods, names, strict=True)]
 
 
 def _square_norm(term: Tensor, parameters: list[nn.Parameter]) -> float:
+    if not term.requires_grad:
+        return 0.0
     gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
     return sum(float(g.double().square().sum()) for g in gradients if g is not None)
 
 
-def _method(name: str) -> type[nn.Module]:
-    if name not in METHODS:
-        raise ValueError(f"unknown hint method {name!r} (allowed: {', '.join(METHODS)})")
-    return METHODS[name]
+def _method(hint: Hint) -> type[HintMethod]:
+    if hint.method not in METHODS:
+        raise ValueError(f"unknown hint method {hint.method!r} (allowed: {', '.join(METHODS)})")
+    method = METHODS[hint.method]
+    if method.joint and hint.redrawn:
+        raise ValueError(f"hint {hint.method!r} joins all its pairs, which cannot be redrawn one by one")
+    return method
+
+
+def _prepares(method: str) -> bool:
+    return hasattr(METHODS[method], "prepare")
 
 
 def _shape(table: pd.DataFrame | None, layer: str) -> Shape:

@@ -1,8 +1,11 @@
-"""Other ways to match the teacher's logits than `losses.kd_loss`: DKD, WSLD, DIST, and standardized logits for any.
+"""Ways to match the teacher's logits: DKD, WSLD and DIST beside `losses.kd_loss`, and standardized logits for any.
 
 All take (B, K) logits and give one scalar, in float32 as `losses.in_float32` says. A published weight belongs to the
-normalization that the docstring states.
+normalization that the docstring states. To add one: a function here, a line in LOGIT_LOSSES, a test.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -102,3 +105,41 @@ def _deviations(x: Tensor) -> Tensor:
     """Rows centered and of unit length; zero, without a gradient, for a row that is constant up to rounding."""
     rounding = 16 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return unit_length(x - x.mean(dim=1, keepdim=True), dim=1, floor=rounding)
+
+
+@dataclass(frozen=True)
+class LogitLoss:
+    """A way to match logits, with one face for all: called with student_logits, teacher_logits (B, K), labels (B,), T.
+
+    published_weight: that of the method's authors or of the field's benchmark. warm_up: fraction of the training over
+    which the weight rises from 0. standardized: see `standardize_logits`.
+    """
+
+    loss: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    published_weight: float = 1.0
+    warm_up: float = 0.0
+    standardized: bool = False
+
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        if self.standardized:
+            student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
+        return self.loss(student_logits, teacher_logits, labels, temperature)
+
+
+def _kd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    return kd_loss(student_logits, teacher_logits, temperature)
+
+
+def _dist(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    return dist_loss(student_logits, teacher_logits, temperature)
+
+
+_PLAIN = {
+    "kd": LogitLoss(_kd, published_weight=0.9),
+    "dkd": LogitLoss(dkd_loss, warm_up=20 / 240),
+    "wsld": LogitLoss(wsld_loss, published_weight=2.5),
+    "dist": LogitLoss(_dist),
+}
+LOGIT_LOSSES: dict[str, LogitLoss] = _PLAIN | {
+    f"{name}_std": replace(loss, standardized=True) for name, loss in _PLAIN.items()
+}

@@ -145,12 +145,13 @@ class ClusterLayers(Networks):
 class DistillStudents(StudentTraining, Networks, Hardware, Images):
     """04: a student for every method, strategy and seed."""
 
-    methods: Names = ["at"]
+    methods: Names = ["at"]  # each a sum of one logit loss (else kd) and hint methods: "at", "dkd", "wsld+crd@last"
     workers: Count = (
         1  # arms that take their step at the same time, on a CPU; each has threads // workers threads, at least 1
     )
     ce_weight: Weight = 1.0
-    kd_weight: Weight = 1.0
+    kd_weight: Weight = 1.0  # of kd and kd_std
+    logit_weights: dict[str, Positive] = {}  # of the other logit losses; one left out has its published weight
     temperature: Positive = 4.0
     balance: Literal["gradient", "none"] = "gradient"
     hint_share: Positive = (
@@ -158,7 +159,7 @@ class DistillStudents(StudentTraining, Networks, Hardware, Images):
     )
     hint_weights: dict[
         str, Positive
-    ] = {}  # balance "none": weight per method; a method left out has its published weight
+    ] = {}  # balance "none": weight per hint method; one left out has its published weight
 
 
 class Evaluate(Networks, Hardware, Images):
@@ -352,8 +353,10 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
     """
     import torch  # here, so that a run with nothing to do stays light
 
+    from pursuhint_lib.arms import parse_method
     from pursuhint_lib.features import layer_table
     from pursuhint_lib.hints import STRATEGIES
+    from pursuhint_lib.logit_losses import LOGIT_LOSSES
     from pursuhint_lib.methods import METHODS
     from pursuhint_lib.models import build_model, candidate_layers
     from pursuhint_lib.profiling import METRICS
@@ -371,8 +374,28 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
     known("profile_layers", "similarity_metrics", profile.similarity_metrics, METRICS)
     known("cluster_layers", "cluster_metrics", cluster.cluster_metrics, profile.similarity_metrics)
     known("cluster_layers", "strategies", cluster.strategies, [name for name in STRATEGIES if name != "none"])
-    known("distill_students", "methods", distill.methods, METHODS)
-    known("distill_students", "hint_weights", distill.hint_weights, distill.methods)
+    used: dict[str, None] = {}  # losses that some method names, in order
+    for method in distill.methods:
+        try:
+            objective = parse_method(method)
+        except ValueError as error:
+            raise ParameterError(f"{file}: distill_students.methods = {method!r}: {error}") from None
+        used |= dict.fromkeys([objective.logit_loss, *dict(objective.hints)])
+        for name, strategy in objective.hints:
+            # "clustered_r2_cca" and "random_1" are made of a strategy's name and what it is run with.
+            if strategy and not any(strategy == s or strategy.startswith(f"{s}_") for s in cluster.strategies):
+                raise ParameterError(
+                    f"{file}: distill_students.methods = {method!r}: strategy {strategy!r} is not among "
+                    f"cluster_layers.strategies (allowed: {', '.join(cluster.strategies)})"
+                )
+            if METHODS[name].joint and "redrawn" in cluster.strategies and strategy in ("", "redrawn"):
+                raise ParameterError(
+                    f"{file}: distill_students.methods = {method!r}: {name} joins all its hints, which cannot be "
+                    "redrawn one by one (allowed: another method, or no strategy 'redrawn')"
+                )
+    known("distill_students", "hint_weights", distill.hint_weights, [name for name in used if name in METHODS])
+    weighed = [name for name in used if name in LOGIT_LOSSES and name not in ("kd", "kd_std")]
+    known("distill_students", "logit_weights", distill.logit_weights, weighed)
 
     shape = _check_images(profile, file)
     try:
@@ -409,7 +432,9 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
         if len(tokens):
             raise ParameterError(f"{place}: layer {tokens.iloc[0]} gives tokens; hints need maps (allowed: C x H x W)")
         if role == "teacher" and len(layers) < 3:
-            raise ParameterError(f"{place}: {len(layers)} candidate layers leave nothing to choose (allowed: 3 or more)")
+            raise ParameterError(
+                f"{place}: {len(layers)} candidate layers leave nothing to choose (allowed: 3 or more)"
+            )
         if role == "teacher" and "subset" in cluster.strategies and math.comb(len(layers), cluster.n_hints) > 1000:
             count = math.comb(len(layers), cluster.n_hints)
             raise ParameterError(

@@ -118,6 +118,22 @@ def curves(ax: Axes, history: pd.DataFrame, column: str, label: str, *, percent:
     )
 
 
+def term_shares(ax: Axes, history: pd.DataFrame, kind: str, label: str) -> None:
+    """How much of the whole each term of one student has, a line per term against epoch, in %.
+
+    kind: "loss" or "gradient", of the columns "<kind>_share_<term>" of a history, see `training.fit`.
+    """
+    prefix = f"{kind}_share_"
+    for i, column in enumerate(name for name in history.columns if name.startswith(prefix)):
+        rows = history.dropna(subset=[column])
+        if len(rows):
+            term = column.removeprefix(prefix)
+            ax.plot(rows["epoch"], 100 * rows[column], color=COLORS[i % 7], marker=".", label=term, lw=1.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="epoch", ylabel=f"{label} (%)", title=label)
+    ax.legend()
+
+
 def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], label: str, color: str = COLORS[0]) -> None:
     """Horizontal bars with their values, first on top."""
     drawn = ax.barh(range(len(labels)), values, color=color)
@@ -167,7 +183,9 @@ def similarity_map(
     ax.spines[:].set_visible(False)
 
 
-def similarity_grid(tables: Mapping[str, pd.DataFrame], stages: Sequence[int] | None = None, columns: int = 4) -> Figure:
+def similarity_grid(
+    tables: Mapping[str, pd.DataFrame], stages: Sequence[int] | None = None, columns: int = 4
+) -> Figure:
     """Heat maps side by side on one color scale, title -> similarity table; `stages` as in `similarity_map`."""
     rows, columns = -(-len(tables) // columns), min(columns, len(tables))
     figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns + 0.8, 3.4 * rows), squeeze=False)
@@ -179,7 +197,9 @@ def similarity_grid(tables: Mapping[str, pd.DataFrame], stages: Sequence[int] | 
     return figure
 
 
-def cluster_strips(ax: Axes, partitions: Mapping[str, tuple[Sequence[int], Sequence[str]]], table: pd.DataFrame) -> None:
+def cluster_strips(
+    ax: Axes, partitions: Mapping[str, tuple[Sequence[int], Sequence[str]]], table: pd.DataFrame
+) -> None:
     """Clusters along depth: a row per partition, a cell per layer in the color of its cluster, stars on hint points;
     lines between stages.
 

@@ -103,7 +103,9 @@ def profile_layers(
     """
     if not hasattr(teacher, "observe"):
         kind = type(teacher).__name__
-        raise TypeError(f"teacher is a {kind}, which cannot observe: pass FrozenTeacher(model, candidate_layers(model))")
+        raise TypeError(
+            f"teacher is a {kind}, which cannot observe: pass FrozenTeacher(model, candidate_layers(model))"
+        )
     if not teacher.layers:
         raise ValueError("the teacher captures no layers: name at least one when making it")
     for name, value in (("keep_images", keep_images), ("chunks", chunks)):
@@ -123,7 +125,9 @@ def profile_layers(
             pooled = [features[layer] for layer in layers]
             for layer, rows, width in zip(layers, pooled, widths):
                 if rows.shape[1] != width:
-                    raise ValueError(f"layer {layer!r} gives {rows.shape[1]} features and gave {width} in earlier batches")
+                    raise ValueError(
+                        f"layer {layer!r} gives {rows.shape[1]} features and gave {width} in earlier batches"
+                    )
             yield torch.cat(pooled, dim=1)  # (B, D)
 
     total: Moments | None = None

@@ -309,13 +309,12 @@ def _chosen_layers(facts: Facts) -> list[dict[str, Any]]:
     depth = dict(zip(facts.layers["layer"], facts.layers["depth"], strict=True))
     strategy_of = dict(zip(facts.summary["arm"], facts.summary["strategy"], strict=True))
     pairs = facts.pairs.assign(strategy=facts.pairs["arm"].map(strategy_of))
-    first_arm = pairs.drop_duplicates("strategy").set_index("strategy")["arm"].to_dict()
     frequency = {(f"clustered_{row.metric}", row.layer): row.frequency for row in facts.stability.itertuples()}
     rows, earlier = [], {}
     for strategy, points in facts.hint_points.items():
         redrawn, source = points.get("redrawn", 0), points.get("source", "trained")
         pairing = points.get("pairing", "in_order")
-        own = pairs[pairs["arm"] == first_arm.get(strategy)].sort_values("hint", kind="stable")
+        own = _pairs_of(pairs[pairs["strategy"] == strategy], points["layers"])
         if pairing == "reversed":
             own = own[::-1]  # back to the order of the teacher's layers
         taught = [] if redrawn else list(own["student_layer"])
@@ -339,19 +338,27 @@ def _chosen_layers(facts: Facts) -> list[dict[str, Any]]:
     return rows
 
 
+def _pairs_of(pairs: pd.DataFrame, layers: Sequence[str]) -> pd.DataFrame:
+    """The pairs of the first hint that these layers give: one of an arm's several hints may have layers of its own."""
+    for _, own in pairs.groupby(["arm", "method"], sort=False):
+        if sorted(own["teacher_layer"]) == sorted(layers):
+            return own.sort_values("hint", kind="stable")
+    return pairs[:0]
+
+
 def _students(facts: Facts) -> list[dict[str, Any]]:
     """Every student of notebook 05 with the run that trained it (for an arm that was not trained again, its twin's)."""
     rows = facts.results.to_dict("records")
     return [row | {"run": facts.runs.get(f"{row['same_as'] or row['arm']}-s{row['seed']}", "")} for row in rows]
 
 
-def _failed(facts: Facts) -> list[tuple[str, int]]:
-    """Arm and seed of students whose training broke off."""
+def _failed(facts: Facts) -> list[tuple[str, int, str]]:
+    """Arm and seed of students whose training broke off, and why."""
     history = facts.histories["04_distill_students"]
     if "status" not in history:
         return []
     failed = history[history["status"] == "failed"].drop_duplicates(["arm", "seed"])
-    return list(failed[["arm", "seed"]].itertuples(index=False, name=None))
+    return list(failed.reindex(columns=["arm", "seed", "reason"]).itertuples(index=False, name=None))
 
 
 # --- Figures and files

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from pursuhint_lib.data import Batch, Batches
 from pursuhint_lib.features import FrozenTeacher, Observation
+from pursuhint_lib.learners import shares_of_gradient
 from pursuhint_lib.storage import written_whole
 
-Learner = nn.Module  # with .model, .teacher_layers, .needs_teacher and .losses(batch, observation); see `learners`
+Learner = nn.Module  # with what `learners` says: model, teacher_layers, needs_teacher, silent, losses
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,16 @@ def fit(
 ) -> pd.DataFrame:
     """Train all learners on the same batches, the teacher looking at each batch once. One row per learner and epoch.
 
-    Columns: arm, seed (of `batches`), epoch (from 1), learning_rate (of the epoch's first step), loss and every term
-    (means over the epoch's images), hint_share (the hints' part of the loss, when there are hints), val_accuracy,
-    val_loss (after the epoch), status ("trained" or "failed"), seconds (of the whole group), finished (UNIX time).
-    All learners end in eval mode.
+    Columns: arm, seed (of `batches`), epoch (from 1), learning_rate (of the epoch's first step), loss and every term,
+    unweighted (means over the images of those steps that had it), loss_share_<term> (what it adds to the loss, over the
+    loss), gradient_share_<term> (the norm of its gradient over the sum of all terms', at the epoch's first step),
+    val_accuracy, val_loss (after the epoch), status ("trained" or "failed"), reason (of a failure), seconds (of the
+    whole group), finished (UNIX time). All learners end in eval mode.
 
     checkpoint: a file that is rewritten after each epoch and taken up by the next call with the same learners, or with
     some of them; it is removed by the caller, when the results are safe. on_epoch(epoch, rows) is called after each
-    epoch. A learner whose loss is not finite is stopped after that epoch, marked failed, and the others go on.
+    epoch. A learner fails whose loss is not finite, or of which a term is zero or gives the student no gradient when an
+    epoch begins: it is stopped (for a loss that is not finite, at the end of that epoch), and the others go on.
     Dropout masks and the like depend on (seed, step) alone; the global random generator is put back at the end.
     workers: on a CPU, so many learners take their step at the same time, each in a thread of its own, while the teacher
     looks at the next batch. It changes no bit, and pays for networks too small to keep several cores busy alone.
@@ -138,27 +141,39 @@ def fit(
             active = {name: learner for name, learner in learners.items() if name not in state["failed"]}
             if not active:
                 break
-            sums: dict[str, dict[str, Tensor]] = {name: {} for name in active}
-            seen = 0
+            means = {name: _Means() for name in active}
             for learner in active.values():
                 learner.train()
             observed = _observed(batches.epoch(epoch), teacher, wanted, device, dtype, pool)
             for step, (batch, observation) in enumerate(observed):
-                rate = schedule.learning_rate_at((epoch + step / len(batches)) / schedule.epochs)
+                progress = (epoch + step / len(batches)) / schedule.epochs
                 seed = batches.seed * 1_000_003 + epoch * len(batches) + step
 
-                def take_step(name: str, batch=batch, observation=observation, rate=rate, seed=seed) -> None:
+                def take_step(
+                    name: str, batch=batch, observation=observation, first=not step, progress=progress, seed=seed
+                ) -> None:
+                    learner = active[name]
+                    if learner.silent:
+                        return
                     _seed_dropout(device, seed)
                     with autocast(device, dtype):
-                        terms = active[name].losses(batch, observation)
-                    _step(optimizers[name], terms["loss"], rate)
-                    _add(sums[name], terms, len(batch.labels))
+                        terms = learner.losses(batch, observation, progress)
+                    if first:
+                        means[name].gradient_shares = shares = shares_of_gradient(learner, terms)
+                        learner.silent = _silent(terms, shares)
+                    _step(optimizers[name], terms["loss"], schedule.learning_rate_at(progress))
+                    means[name].add(terms, len(batch.labels))
 
                 pool.each(take_step, active)
-                seen += len(batch.labels)
 
-            def finish(name: str, epoch=epoch, seen=seen) -> dict[str, Any]:
-                return _row(name, sums[name], seen, batches.seed, epoch, schedule, validation, active[name], dtype)
+            def finish(name: str, epoch=epoch) -> dict[str, Any]:
+                row = {
+                    "arm": name,
+                    "seed": batches.seed,
+                    "epoch": epoch + 1,
+                    "learning_rate": schedule.learning_rate_at(epoch / schedule.epochs),
+                }
+                return row | _row(means[name], validation, active[name], dtype)
 
             rows = pool.each(finish, active)
             seconds = time.perf_counter() - started
@@ -259,9 +274,8 @@ def _seed_dropout(device: torch.device, seed: int) -> None:
 
 
 def _optimizer(learner: Learner, schedule: Schedule) -> torch.optim.SGD:
-    parameters = [p for p in learner.parameters() if p.requires_grad]
     return torch.optim.SGD(
-        parameters,
+        learner.parameters(),  # also those that learn at another time only: a parameter without a gradient is left alone
         lr=schedule.learning_rate,
         momentum=schedule.momentum,
         weight_decay=schedule.weight_decay,
@@ -270,41 +284,61 @@ def _optimizer(learner: Learner, schedule: Schedule) -> torch.optim.SGD:
 
 
 def _step(optimizer: torch.optim.SGD, loss: Tensor, rate: float) -> None:
-    optimizer.param_groups[0]["lr"] = rate
+    group = optimizer.param_groups[0]
+    group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    for p in group["params"]:
+        # A parameter that no term of this step reaches (of an adapter that rests) takes its step of momentum and weight
+        # decay all the same. The optimizer would pass over it, and its fused step fails where some parameters have
+        # their momentum already and others not yet.
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
     optimizer.step()
 
 
-def _add(sums: dict[str, Tensor], terms: Mapping[str, Tensor], images: int) -> None:
-    for name, term in terms.items():
-        if name != "logits":
-            sums[name] = sums.get(name, 0) + term.detach().double() * images
+def _silent(terms: Mapping[str, Tensor], gradient_shares: Mapping[str, float]) -> str:
+    """Which term of the loss teaches nothing, in words; empty when there is none, or when the loss is not finite."""
+    if not bool(terms["loss"].isfinite()):
+        return ""
+    for name, share in gradient_shares.items():
+        if share == 0:
+            return f"the term {name} is zero" if terms[name] == 0 else f"the term {name} gives the student no gradient"
+    return ""
 
 
-def _row(
-    name: str,
-    sums: Mapping[str, Tensor],
-    seen: int,
-    seed: int,
-    epoch: int,
-    schedule: Schedule,
-    validation: Batches | None,
-    learner: Learner,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    row = {
-        "arm": name,
-        "seed": seed,
-        "epoch": epoch + 1,
-        "learning_rate": schedule.learning_rate_at(epoch / schedule.epochs),
-    }
-    means = {term: float(total) / seen for term, total in sums.items()}
-    part = means.pop("hint_part", None)
-    row |= means
-    if part is not None:
-        row["hint_share"] = part / means["loss"] if means["loss"] else 0.0
-    row["status"] = "trained" if math.isfinite(means["loss"]) else "failed"
+class _Means:
+    """Means of an epoch's terms, each over the images of the steps that had it."""
+
+    def __init__(self) -> None:
+        self.gradient_shares: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._images: dict[str, int] = {}
+
+    def add(self, terms: Mapping[str, Tensor], images: int) -> None:
+        for name, term in terms.items():
+            if name != "logits":
+                self._sums[name] = self._sums.get(name, 0) + term.detach().double() * images
+                self._images[name] = self._images.get(name, 0) + images
+
+    def row(self) -> dict[str, float]:
+        """The terms' columns of a history."""
+        means = {name: float(total) / self._images[name] for name, total in self._sums.items()}
+        images = self._images.get("loss", 0)
+        row = {name: mean for name, mean in means.items() if not name.startswith("weighted_")}
+        for name in means:
+            if name.startswith("weighted_"):
+                part = float(self._sums[name]) / images
+                row[name.replace("weighted_", "loss_share_", 1)] = part / means["loss"] if means["loss"] else 0.0
+        return row | {f"gradient_share_{name}": share for name, share in self.gradient_shares.items()}
+
+
+def _row(means: _Means, validation: Batches | None, learner: Learner, dtype: torch.dtype) -> dict[str, Any]:
+    row = means.row()
+    reason = learner.silent or ("" if math.isfinite(row["loss"]) else "the loss was no longer finite")
+    row["status"] = "failed" if reason else "trained"
+    if reason:
+        row["reason"] = reason
     if validation is not None:
         logits, labels = predict(learner.model, validation, dtype)
         row["val_accuracy"] = float((logits.argmax(1) == labels).double().mean())

@@ -16,6 +16,7 @@ from pursuhint_lib.arms import (
     kept_file,
     log_students,
     pair_table,
+    parse_method,
     split_timings,
     student_table_rows,
     study_arms,
@@ -25,7 +26,7 @@ from pursuhint_lib.arms import (
 from pursuhint_lib.controls import ControlTeacher, control_teacher
 from pursuhint_lib.features import FrozenTeacher, layer_table
 from pursuhint_lib.hints import HintPoints
-from pursuhint_lib.learners import Supervised
+from pursuhint_lib.learners import SilentHint, Supervised
 from pursuhint_lib.models import candidate_layers, load_model, state_hash
 from pursuhint_lib.params import DistillStudents
 from pursuhint_lib.progress import Progress
@@ -236,9 +237,83 @@ def test_an_arm_that_is_the_same_as_another_has_its_rows_under_its_own_name(dist
 
 
 def test_a_network_that_diverged_is_one_line_with_what_to_change():
-    history = pd.DataFrame([{"arm": "teacher", "seed": 0, "epoch": 3, "status": "failed"}])
-    with pytest.raises(ValueError, match="teacher seed 0: .* epoch 3; lower teacher_learning_rate"):
+    history = pd.DataFrame([{"arm": "teacher", "seed": 0, "epoch": 3, "status": "failed", "reason": "why"}])
+    with pytest.raises(ValueError, match="teacher seed 0: why in epoch 3; lower teacher_learning_rate"):
         arms_module.check_trained(history, "teacher_learning_rate")
+
+
+# ---- Methods that are sums ----
+
+
+def test_a_method_is_a_sum_of_one_logit_loss_and_hints_with_layers_of_their_own():
+    assert parse_method("at") == ("kd", (("at", ""),))
+    assert parse_method("wsld+crd@last+at") == ("wsld", (("crd", "last"), ("at", "")))
+    assert parse_method("dkd_std") == ("dkd_std", ())
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("att", "unknown; did you mean 'at'"),
+        ("", "unknown"),
+        ("at+at", "names at twice"),
+        ("at+at@last", "names at twice"),
+        ("kd+dkd", "matches logits in 2 ways"),
+        ("kd@last", "kd@last .allowed behind a hint method"),
+        ("at@", "at@ .allowed behind a hint method: @ and a strategy"),
+    ],
+)
+def test_what_is_no_method_is_refused_in_one_line(text, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        parse_method(text)
+    assert "\n" not in str(error.value)
+
+
+def test_arms_of_sums_have_hints_logit_losses_and_layers_as_written(distillation):
+    arms = arms_of(distillation, ["wsld+at@last+fitnet", "dkd", "crd@last", "kd", "at"])
+    names = [f"wsld+at@last+fitnet_{s}" for s in POINTS] + ["dkd", "crd@last", *(f"at_{s}" for s in POINTS)]
+    assert [arm.name for arm in arms] == ["kd", *names]
+    first = arms[1]
+    assert first.logit_loss == "wsld" and [len(hint.pairs) for hint in first.hints] == [1, 3]
+    assert [hint.weight for hint in first.hints] == [1000.0, 100.0] and arms[2].same_as == first.name
+    assert {arm.name: arm.strategy for arm in arms if arm.name in ("dkd", "crd@last")} == {
+        "dkd": "none",
+        "crd@last": "last",
+    }
+    table = pair_table(arms, distillation.teacher_table, distillation.student_table)
+    assert table.loc[table["arm"] == first.name, "method"].tolist() == ["at", "fitnet", "fitnet", "fitnet"]
+    weighed = study_arms(POINTS, ["at"], distillation.teacher_table, distillation.student_table, {"at": 7.0})
+    assert weighed[1].hints[0].weight == 7.0
+    with pytest.raises(ValueError, match="'at@lost': no strategy 'lost' .there are first, twin, last"):
+        arms_of(distillation, ["at@lost"])
+
+
+def test_logit_losses_are_weighed_as_the_study_says_or_as_published(distillation):
+    params = PARAMS.model_copy(update={"kd_weight": 0.3, "logit_weights": {"dist": 4.0}})
+    setting = dataclasses.replace(distillation, params=params)
+    weights = {
+        name: setting.learner(Arm(name, name, "none", logit_loss=name), 0).logit_weight
+        for name in ("kd", "kd_std", "dist", "dist_std", "wsld")
+    }
+    assert weights == {"kd": 0.3, "kd_std": 0.3, "dist": 4.0, "dist_std": 1.0, "wsld": 2.5}
+
+
+def test_a_hint_without_a_gradient_fails_its_arm_alone(distillation, tmp_path, monkeypatch):
+    arms = arms_of(distillation)
+
+    def silent(learner, batches, observations, share):
+        if len(learner.pairs) == 1:
+            raise SilentHint("the hint a -> b gives the student no gradient")
+        return balance(learner, batches, observations, share)
+
+    balance = arms_module.balance_hints
+    monkeypatch.setattr(arms_module, "balance_hints", silent)
+    history = distillation.train(arms, tmp_path)
+    failed = history[history["status"] == "failed"]
+    assert set(failed["arm"]) == {"at_last"} and set(failed["reason"]) == {
+        "the hint a -> b gives the student no gradient"
+    }
+    assert (history.loc[history["arm"] != "at_last", "epoch"].max()) == PARAMS.epochs
 
 
 # ---- Control arms ----
@@ -260,7 +335,8 @@ def test_arms_of_the_same_layers_are_twins_only_if_source_and_redrawing_agree_as
     same = HintPoints("again", ["stage1.0", "stage2.0", "stage3.0"], source="shuffled")
     arms = control_arms(distillation)
     assert not any(arm.same_as for arm in arms)
-    assert [(arm.name, arm.redrawn) for arm in arms if arm.redrawn] == [("at_redrawn", 3)]
+    redrawn = [(arm.name, hint.redrawn) for arm in arms for hint in arm.hints if hint.redrawn]
+    assert redrawn == [("at_redrawn", 3)]
     points = {"shuffled": same, "again": same}
     again = study_arms(points, ["at"], distillation.teacher_table, distillation.student_table)
     assert [arm.same_as for arm in again] == ["", "", "at_shuffled"]
@@ -308,15 +384,18 @@ def facts_of_key(setting, arm, monkeypatch):
         return setting.key(arm)
 
 
-def test_the_training_key_tells_control_arms_apart_and_is_for_others_what_it_was(
-    distillation, controlled, images, monkeypatch
-):
+def test_the_training_key_tells_control_arms_apart(controlled, images, monkeypatch):
     arms = {arm.strategy: arm for arm in control_arms(controlled)}
     assert len({controlled.key(arm) for arm in arms.values()}) == len(arms)
-    fixed = facts_of_key(controlled, arms["fixed"], monkeypatch)
-    assert fixed["pairs"][0] == {"teacher_layer": "stage1.0", "student_layer": "stage1.0"}
-    assert not {"redrawn", "untrained"} & set(fixed)
-    assert controlled.key(dataclasses.replace(arms["redrawn"], redrawn=2)) != controlled.key(arms["redrawn"])
+    assert "untrained" not in facts_of_key(controlled, arms["fixed"], monkeypatch)
+    (hint,) = arms["redrawn"].hints
+    for change in ({"redrawn": 2}, {"weight": 3.0}, {"method": "fitnet"}):
+        other = dataclasses.replace(arms["redrawn"], hints=(dataclasses.replace(hint, **change),))
+        assert controlled.key(other) != controlled.key(arms["redrawn"]), change
+    dkd = dataclasses.replace(arms["fixed"], logit_loss="dkd")
+    louder = controlled.params.model_copy(update={"logit_weights": {"dkd": 5.0}})
+    keys = {controlled.key(arms["fixed"]), controlled.key(dkd)}
+    assert len(keys | {dataclasses.replace(controlled, params=louder).key(dkd)}) == 3
     plain = dataclasses.replace(controlled, teacher=controlled.teacher.teacher)
     assert plain.key(arms["fixed"]) == controlled.key(arms["fixed"])
     # Another untrained network: other students for the arm that it teaches, the same for the rest.
@@ -348,7 +427,12 @@ def test_control_arms_start_from_the_same_weights_with_the_same_adapters(control
     adapters = {name: state_hash(learner.adapters) for name, learner in learners.items()}
     assert adapters["fixed"] == adapters["untrained"] == adapters["shuffled"]
     assert len(learners["redrawn"].adapters) == 18
-    assert {name: learner.n_teaching for name, learner in learners.items()} == dict.fromkeys(learners, 3)
+    first = next(iter(controlled.batches(0).epoch(0)))
+    for name, learner in learners.items():
+        seen = controlled.teacher.observe(first.images, layers=learner.teacher_layers)
+        told = learner.hint_weights.requires_grad_(True)
+        (taught,) = torch.autograd.grad(learner.losses(first, seen)["weighted_fitnet"], told)
+        assert int((taught != 0).sum()) == 3, name
     weights = {name: tuple(learner.hint_weights.tolist()) for name, learner in learners.items()}
     assert len(set(weights.values())) == 4  # each arm is balanced with its own features
 
@@ -365,7 +449,7 @@ def test_every_control_trains_to_a_student_of_its_own_and_no_teacher_changes(con
     rows = student_table_rows(history, arms)
     assert set(rows["arm"]) == {arm.name for arm in arms}
     hinted = history[history["arm"] != "kd"]
-    assert (hinted["hint"] > 0).all() and (hinted["hint_share"] > 0).all()
+    assert (hinted["fitnet"] > 0).all() and (hinted["loss_share_fitnet"] > 0).all()
 
 
 def test_interrupted_and_resumed_control_arms_give_the_same_bytes(controlled, tmp_path, monkeypatch):
@@ -385,7 +469,7 @@ def test_interrupted_and_resumed_control_arms_give_the_same_bytes(controlled, tm
 def test_redrawn_arms_give_the_same_bytes_in_threads_and_alone(controlled, tmp_path):
     params = controlled.params.model_copy(update={"seeds": [0]})
     controlled = dataclasses.replace(controlled, params=params)
-    arms = [arm for arm in control_arms(controlled, ["at", "fitnet"]) if arm.redrawn]
+    arms = [arm for arm in control_arms(controlled, ["at", "fitnet"]) if arm.strategy == "redrawn"]
     controlled.train(arms, tmp_path / "turn")
     threaded = dataclasses.replace(controlled, params=params.model_copy(update={"workers": 3}))
     threaded.train(arms, tmp_path / "threads")

@@ -552,6 +552,12 @@ def test_a_subset_is_found_without_listing_those_before_it():
     assert select_hint_points("subset", None, layers, 27, last - 1).layers == names(26, *range(28, 54))
 
 
+def test_last_is_the_deepest_layer_alone_for_the_students_last_stage_end():
+    points = select_hint_points("last", None, layer_table(3, 3), 2)
+    assert points == HintPoints("last", names(5))
+    assert pair_layers(points, layer_table(3, 3), layer_table(1, 2)) == [HintPair(*names(5), *names(2))]
+
+
 def test_hints_that_are_redrawn_name_the_pool_and_the_size_of_a_draw():
     points = select_hint_points("redrawn", None, layer_table(3, 3), 2)
     assert points == HintPoints("redrawn", names(*range(6)), redrawn=2)
@@ -560,7 +566,7 @@ def test_hints_that_are_redrawn_name_the_pool_and_the_size_of_a_draw():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_answers_to_one_signature_with_plain_values(strategy):
     points = select_hint_points(strategy, by_depth(6), layer_table(2, 2, 2), n_hints=3, seed=1)
-    assert len(points) == {"none": 0, "single": 1, "redrawn": 6}.get(strategy, 3)
+    assert len(points) == {"none": 0, "last": 1, "single": 1, "redrawn": 6}.get(strategy, 3)
     assert points.strategy == strategy
     assert all(type(layer) is str for layer in points.layers)
     assert points.labels is None or all(type(label) is int for label in points.labels)
@@ -572,7 +578,7 @@ def test_impossible_selections_are_refused_in_one_line():
     layers = layer_table(3, 3)
     with pytest.raises(ValueError, match="strategy 'stage_end' is unknown: did you mean 'stage_ends'"):
         select_hint_points("stage_end", None, layers, 2)
-    for strategy in set(STRATEGIES) - {"none", "single"}:
+    for strategy in set(STRATEGIES) - {"none", "last", "single"}:
         for n_hints in (0, 7):
             with pytest.raises(ValueError, match=f"n_hints is {n_hints}: it must be from 1 to 6"):
                 select_hint_points(strategy, table(TWO_GROUPS), layers, n_hints)
@@ -604,6 +610,7 @@ def test_a_study_chooses_under_the_names_that_its_arms_carry():
     assert list(chosen) == [
         "none",
         "stage_ends",
+        "last",
         "uniform",
         "random_0",
         "random_1",

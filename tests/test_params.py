@@ -95,7 +95,11 @@ def test_a_mistake_is_one_line_with_file_key_value_and_what_is_allowed(tmp_path,
         ("profile_layers__layers", ["stage1.9"], ["'stage1.9'", "did you mean 'stage1"]),
         ("profile_layers__layers", ["stage1.0", "stage3.2"], ["2 candidate layers", "3 or more"]),
         ("distill_students__methods", ["fit_net"], ["'fit_net'", "did you mean 'fitnet'"]),
+        ("distill_students__methods", ["at+att"], ["methods = 'at+att'", "did you mean 'at'", "joined by +"]),
+        ("distill_students__methods", ["dkd+wsld"], ["matches logits in 2 ways", "one of kd, dkd"]),
+        ("distill_students__methods", ["crd@last"], ["strategy 'last' is not among", "stage_ends, uniform"]),
         ("distill_students__hint_weights", {"fitnet": 3.0}, ["hint_weights = 'fitnet'", "allowed: at"]),
+        ("distill_students__logit_weights", {"kd": 3.0}, ["logit_weights = 'kd'", "unknown"]),
     ],
 )
 def test_a_name_that_the_library_does_not_know_is_one_line(tmp_path, place, value, says):

@@ -121,7 +121,7 @@ def make_study(home, *, seeds=5, methods=("at",), confidence=0.95, records=True,
     often = [{"metric": "r2_cca", "layer": name, "frequency": 0.125 * i} for i, name in enumerate(LAYERS[:8])]
     save_table(pd.DataFrame(often), cluster / "stability.csv")
     pairs = [
-        {"arm": f"{m}_{s}", "hint": k + 1, "teacher_layer": LAYERS[i], "student_layer": f"blocks.{k}"}
+        {"arm": f"{m}_{s}", "method": m, "hint": k + 1, "teacher_layer": LAYERS[i], "student_layer": f"blocks.{k}"}
         for m in methods
         for s, points in CHOICES.items()
         for k, i in enumerate(points)
@@ -578,10 +578,10 @@ def test_training_that_broke_off_is_told(home):
     runs = make_study(home)
     history = read_table(runs / "04_distill_students" / "histories.csv")
     assert "broke off" not in text(report(home).root)
-    history.loc[(history["arm"] == "at_uniform") & (history["seed"] == 2), "status"] = "failed"
+    history.loc[(history["arm"] == "at_uniform") & (history["seed"] == 2), ["status", "reason"]] = ["failed", "why not"]
     save_table(history, runs / "04_distill_students" / "histories.csv")
     notice = report(home).all("p", **{"class": "notice"})[0]
-    assert "at_uniform seed 2" in text(notice)
+    assert "at_uniform seed 2 (why not)" in text(notice)
 
 
 def test_a_study_without_clustered_arms_has_a_page_too(home):

@@ -12,6 +12,8 @@ from pursuhint_lib.data import Batches, ImageSet
 from pursuhint_lib.features import FrozenTeacher, layer_table
 from pursuhint_lib.hints import HintPair
 from pursuhint_lib.learners import Distilled, Hint, Supervised, seeded
+from pursuhint_lib.logit_losses import LOGIT_LOSSES, LogitLoss
+from pursuhint_lib.losses import at_loss, cls_loss, kd_loss
 from pursuhint_lib.models import state_hash
 from pursuhint_lib.training import Schedule, fit, predict, resolve_device, resolve_precision
 
@@ -56,7 +58,7 @@ def arms(dropout=0.0, names=("kd", "at", "fitnet", "alone")):
             "student_table": layer_table(net, ["first"], SHAPE),
         }
         hints = [Hint(name, [HintPair("first", "first")], 2.0)] if name in ("at", "fitnet") else []
-        common = {"ce_weight": 1.0, "kd_weight": 1.0, "temperature": 2.0}
+        common = {"ce_weight": 1.0, "logit_weight": 1.0, "temperature": 2.0}
         learners[name] = Supervised(net) if name == "alone" else Distilled(net, **common, **tables, hints=hints)
     return learners
 
@@ -76,11 +78,38 @@ def test_every_term_and_the_validation_of_every_epoch_stand_in_the_history():
     history, _ = run(arms())
     assert list(history.groupby("arm", sort=False).size()) == [3] * 4
     at = history[history["arm"] == "at"]
-    assert at[["loss", "cls", "kd", "hint", "hint_share", "val_accuracy", "val_loss"]].notna().all(axis=None)
-    assert history.loc[history["arm"] == "kd", "hint"].isna().all()
+    shares = [f"{kind}_share_{term}" for kind in ("loss", "gradient") for term in ("cls", "kd", "at")]
+    assert at[["loss", "cls", "kd", "at", *shares, "val_accuracy", "val_loss"]].notna().all(axis=None)
+    assert history.loc[history["arm"] == "kd", ["at", "loss_share_at", "gradient_share_at"]].isna().all(axis=None)
+    assert history.loc[history["arm"] == "alone", shares].isna().all(axis=None)
     assert at["loss"].iloc[-1] < at["loss"].iloc[0]
     parts = at["loss"] - at["cls"] - at["kd"]
-    assert parts.to_numpy() == pytest.approx((at["hint_share"] * at["loss"]).to_numpy(), rel=1e-5)
+    assert parts.to_numpy() == pytest.approx((at["loss_share_at"] * at["loss"]).to_numpy(), rel=1e-5)
+    for kind in ("loss", "gradient"):
+        total = at[[name for name in shares if name.startswith(kind)]].sum(axis="columns")
+        assert total.to_numpy() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_the_share_of_the_gradient_is_that_of_the_epochs_first_step():
+    learners, frozen = arms(), teacher()
+    first = next(iter(batches().epoch(0)))
+    seen = frozen.observe(first.images)
+    model = learners["at"].model.train()
+    feature = model.first(first.images)
+    logits = model.head(feature.mean((2, 3)))
+    terms = {
+        "cls": cls_loss(logits, first.labels),
+        "kd": kd_loss(logits, seen.logits, 2.0),
+        "at": 2.0 * at_loss(feature, seen.features["first"]),
+    }
+    norms = {}
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(term, list(model.parameters()), retain_graph=True, allow_unused=True)
+        norms[name] = sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
+    history, _ = run(arms())
+    row = history[history["arm"] == "at"].iloc[0]
+    for name, norm in norms.items():
+        assert row[f"gradient_share_{name}"] == pytest.approx(norm / sum(norms.values()), rel=1e-3)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -176,9 +205,53 @@ def test_an_arm_whose_loss_is_not_finite_is_stopped_and_the_others_go_on(workers
     history, hashes = run(learners, workers=workers)
     failed = history[history["arm"] == "at"]
     assert failed["status"].tolist() == ["failed"] and failed["epoch"].tolist() == [1]
+    assert failed["reason"].tolist() == ["the loss was no longer finite"]
     healthy = run(arms())
     assert hashes["fitnet"] == healthy[1]["fitnet"]
     assert (history.loc[history["arm"] != "at", "status"] == "trained").all()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    "silence, reason",
+    [
+        (lambda learner: nn.init.zeros_(learner.model.first[1].weight), "the term at gives the student no gradient"),
+        (lambda learner: learner.hint_weights.zero_(), "the term at gives the student no gradient"),
+        (lambda learner: setattr(learner, "silent", "said so before"), "said so before"),
+    ],
+)
+def test_an_arm_of_which_a_term_teaches_nothing_is_stopped_by_name_and_the_others_go_on(silence, reason, workers):
+    learners = arms()
+    if reason != "said so before":
+        nn.init.constant_(learners["at"].model.first[1].bias, -1.0)  # with a weight of zero: dead after the ReLU
+    silence(learners["at"])
+    history, hashes = run(learners, workers=workers)
+    failed = history[history["arm"] == "at"]
+    assert failed[["status", "reason", "epoch"]].to_numpy().tolist() == [["failed", reason, 1]]
+    assert hashes["fitnet"] == run(arms())[1]["fitnet"]
+    assert history.loc[history["arm"] != "at", "reason"].isna().all()
+
+
+def test_a_term_that_is_zero_is_told_from_one_without_a_gradient():
+    learners = arms(names=("kd",))
+    learners["kd"].logit_loss = "zero"
+    with pytest.MonkeyPatch.context() as patch:
+        zero = LogitLoss(lambda student, teacher, labels, temperature: 0.0 * student.sum())
+        patch.setitem(LOGIT_LOSSES, "zero", zero)
+        history, _ = run(learners)
+    assert history["reason"].tolist() == ["the term zero is zero"]
+
+
+def test_students_of_different_networks_can_learn_in_one_group():
+    small = run({"at": arms()["at"]})
+    with seeded(5):
+        wide = Net(9)
+    tables = [layer_table(net, ["first"], SHAPE) for net in (teacher().model, wide)]
+    hints = [Hint("fitnet", [HintPair("first", "first")], 2.0)]
+    common = {"ce_weight": 1.0, "logit_weight": 1.0, "temperature": 2.0}
+    other = Distilled(wide, **common, teacher_table=tables[0], student_table=tables[1], hints=hints)
+    both = run({"wide": other, "at": arms()["at"]})
+    assert both[1]["at"] == small[1]["at"] and (both[0]["status"] == "trained").all()
 
 
 def test_the_schedules_are_one_cycle_and_steps_and_use_no_best_epoch():
