@@ -113,7 +113,7 @@ class FitNet(HintMethod):
 class VariationalInformation(HintMethod):
     """VID: the teacher's feature should be likely under a Gaussian around an image of the student's.
 
-    The regressor is three 1x1 convolutions with ReLUs between them. One variance per channel is learned; it starts at 5.
+    The regressor is three 1x1 convolutions with ReLUs between them. A variance per channel is learned, from 5 on.
     """
 
     published_weight = 1.0
@@ -151,7 +151,7 @@ class SimilarityPreserving(HintMethod):
 
 
 class CorrelationCongruence(HintMethod):
-    """CC: embeddings of both features, 128 numbers each, should not differ for neighbors in the batch. Both are learned."""
+    """CC: learned embeddings of both, 128 numbers each, should not be apart for two neighbors in the batch."""
 
     published_weight = 0.02
 
@@ -218,8 +218,8 @@ class ContrastiveRepresentation(HintMethod):
     normalization of each direction is taken from the first batch and kept. The loss is the sum of both.
 
     Negatives depend on `seed`, which is drawn with the parameters, and on `step`, the number of batches seen.
-    `batch.index` must be rows of the set that `labels` belongs to. Memory: 1 KiB per training image, also in a state_dict.
-    Raises ValueError if all labels are the same: there are no negatives then.
+    `batch.index` must be rows of the set that `labels` belongs to. Memory: 1 KiB per training
+    image, also in a state_dict. Raises ValueError if all labels are the same: there are no negatives then.
     """
 
     published_weight = 0.8
@@ -347,7 +347,8 @@ class ReviewKD(HintMethod):
     Built for all pairs of a hint, in the order of depth, shallowest first, with one shape per pair of each network;
     called with as many features, it gives one scalar per pair, in that order. From the deepest pair up, a student's
     feature is brought to one width for all, mixed with what came from the next deeper pair, and brought to the
-    teacher's channels. The publication has the pooled vector as one more level, the deepest; here the levels are the pairs.
+    teacher's channels. The publication has the pooled vector as one more level, the deepest; here the
+    levels are the pairs.
     """
 
     published_weight = 1.0  # the authors' are 0.6 to 8, by networks
@@ -375,7 +376,7 @@ class ReviewKD(HintMethod):
         return terms[::-1]
 
     def _mix(self, level: int, own: Tensor, deeper: Tensor) -> Tensor:
-        """Sum of the two, both of one width, with weights that are looked up at each place. `own` sets the size."""
+        """Sum of the two, both of one width, with weights from 0 to 1 for each place. `own` sets the size."""
         deeper = F.interpolate(deeper, size=own.shape[2:], mode="nearest")
         weights = self.mixers[level](torch.cat([own, deeper], dim=1)).sigmoid()  # (B, 2, H, W)
         return own * weights[:, :1] + deeper * weights[:, 1:]
