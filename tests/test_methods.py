@@ -264,6 +264,14 @@ def test_rkd_adds_distances_and_angles_with_the_weights_of_the_benchmark():
     assert torch.allclose(term(build("rkd"), student, teacher), expected)
 
 
+@pytest.mark.parametrize("name", ["at", "sp", "cc", "rkd", "pkt", "nst", "crd"])
+def test_methods_without_convolutions_are_computed_in_float32_under_autocast(name):
+    student, teacher = (x.bfloat16() for x in features(teacher=(5, 6, 6)))
+    expected = term(build(name), student.float(), teacher.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(term(build(name), student, teacher), expected)
+
+
 @pytest.mark.parametrize("name", ["cc", "rkd", "pkt", "crd"])
 def test_methods_on_vectors_see_the_spatial_mean_alone(name):
     student, teacher = features()
@@ -381,13 +389,6 @@ def test_crd_is_the_sum_of_both_directions_with_banks_that_move_half_way_and_a_k
                 bank[row] = slow_unit(0.5 * bank[row] + 0.5 * vector)
         np.testing.assert_allclose(method.student_bank, banks[0], rtol=0, atol=1e-12)
         np.testing.assert_allclose(method.teacher_bank, banks[1], rtol=0, atol=1e-12)
-
-
-def test_crd_is_computed_in_float32_under_autocast():
-    student, teacher = features()
-    expected = term(crd(), student, teacher)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(term(crd(), student, teacher), expected)
 
 
 # ---- OFD ----
