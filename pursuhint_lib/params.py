@@ -409,7 +409,9 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
         if len(tokens):
             raise ParameterError(f"{place}: layer {tokens.iloc[0]} gives tokens; hints need maps (allowed: C x H x W)")
         if role == "teacher" and len(layers) < 3:
-            raise ParameterError(f"{place}: {len(layers)} candidate layers leave nothing to choose (allowed: 3 or more)")
+            raise ParameterError(
+                f"{place}: {len(layers)} candidate layers leave nothing to choose (allowed: 3 or more)"
+            )
         if role == "teacher" and "subset" in cluster.strategies and math.comb(len(layers), cluster.n_hints) > 1000:
             count = math.comb(len(layers), cluster.n_hints)
             raise ParameterError(

@@ -167,7 +167,9 @@ def similarity_map(
     ax.spines[:].set_visible(False)
 
 
-def similarity_grid(tables: Mapping[str, pd.DataFrame], stages: Sequence[int] | None = None, columns: int = 4) -> Figure:
+def similarity_grid(
+    tables: Mapping[str, pd.DataFrame], stages: Sequence[int] | None = None, columns: int = 4
+) -> Figure:
     """Heat maps side by side on one color scale, title -> similarity table; `stages` as in `similarity_map`."""
     rows, columns = -(-len(tables) // columns), min(columns, len(tables))
     figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns + 0.8, 3.4 * rows), squeeze=False)
@@ -179,7 +181,9 @@ def similarity_grid(tables: Mapping[str, pd.DataFrame], stages: Sequence[int] | 
     return figure
 
 
-def cluster_strips(ax: Axes, partitions: Mapping[str, tuple[Sequence[int], Sequence[str]]], table: pd.DataFrame) -> None:
+def cluster_strips(
+    ax: Axes, partitions: Mapping[str, tuple[Sequence[int], Sequence[str]]], table: pd.DataFrame
+) -> None:
     """Clusters along depth: a row per partition, a cell per layer in the color of its cluster, stars on hint points;
     lines between stages.
 
