@@ -59,10 +59,10 @@ def run(folder, ready):
 
 def begun(folder):
     """The process that runs the study, which is about to train."""
-    # A server imports everything once and makes each process a copy of itself; it has computed nothing, so every
-    # process is as good as new.
+    # A server imports everything once (torch._dynamo is what the first optimizer imports) and makes each process a copy
+    # of itself. It has computed nothing, so every process is as good as new.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["pursuhint_lib.arms", "sklearn.datasets", "torch._dynamo"])
     ready = context.Event()
     process = context.Process(target=run, args=(folder, ready))
     process.start()
