@@ -38,6 +38,9 @@ from pursuhint_lib.training import Learner, Schedule, autocast, fit
 PAIR_COLUMNS = ["arm", "method", "hint", "teacher_layer", "student_layer", "teacher_shape", "student_shape"]
 PAIR_COLUMNS += ["source", "redrawn"]
 TIMING_COLUMNS = ["seconds", "finished"]  # the only ones that differ between equal runs; kept in a table of their own
+# Of a history, as far as an arm has them; its other terms follow by name.
+FIRST_COLUMNS = ["arm", "seed", "epoch", "learning_rate", "loss", "cls", "kd", "status", "val_accuracy", "val_loss"]
+FIRST_COLUMNS += TIMING_COLUMNS
 
 
 class Objective(NamedTuple):
@@ -364,8 +367,9 @@ def train_and_keep(
     keys_file = checkpoint.with_suffix(".json")  # which arms, under which keys, the checkpoint belongs to
     begun = read_json(keys_file) if checkpoint.exists() and keys_file.exists() else {}
     begun = [name for name, key in missing.items() if begun.get(name) == key]
-    if not begun:
-        checkpoint.unlink(missing_ok=True)  # of other settings: it can never be taken up again
+    if not begun:  # they are of other settings, or of students that are finished: never to be taken up again
+        checkpoint.unlink(missing_ok=True)
+        keys_file.unlink(missing_ok=True)
     if len(missing) < len(arms):
         kept = len(arms) - len(missing)
         progress.skip(f"seed {seed}: {kept} finished", by=kept * schedule.epochs)
@@ -412,7 +416,11 @@ def _reporter(progress: Progress, epochs: int) -> Callable[[int, pd.DataFrame], 
 
 
 def _keep(folder: Path, name: str, seed: int, learner: Learner, history: pd.DataFrame, key: str) -> None:
-    save_table(history.dropna(axis="columns", how="all"), _history_file(folder, name, seed))
+    history = history.dropna(axis="columns", how="all")
+    # The order of the columns that come from `fit` depends on which arms were trained together, after a kill on which
+    # of them were left.
+    first = [column for column in FIRST_COLUMNS if column in history]
+    save_table(history[first + sorted(set(history) - set(first))], _history_file(folder, name, seed))
     last = history.iloc[-1]
     facts = {
         "arm": name,

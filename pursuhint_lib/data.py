@@ -537,8 +537,8 @@ class Batches:
     flip: mirror each image left to right with probability 1/2.
     noise: standard deviation, on the [0, 1] scale, of Gaussian noise on every pixel, added before the normalization.
         The sum is not clipped to [0, 1]: clipping would make the noise depend on the image.
-    stream: a name that goes into every draw. Sets that are to be independent (training, validation, test) carry different
-        names: under one name and seed they would be given the same noise, image for image.
+    stream: a name that goes into every draw. Sets that are to be independent (training, validation, test) carry
+        different names: under one name and seed they would be given the same noise, image for image.
     shuffle: random order, for training. A last batch of a single image is then dropped, because batch normalization
         cannot train on one image; every other image is used once per pass.
 

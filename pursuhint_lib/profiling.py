@@ -1,8 +1,8 @@
 """How alike all layers of a network are, from one look at the images.
 
 `profile_layers` sends images once through a frozen teacher and keeps the joint second moments of all its layers' pooled
-features; `LayerProfile.similarity` turns them into a labelled table under any metric of `METRICS`, with the numbers that
-the pairwise functions of `similarity` give.
+features; `LayerProfile.similarity` turns them into a labelled table under any metric of `METRICS`, with the numbers
+that the pairwise functions of `similarity` give.
 Letters: N images, B batch, C channels, H W space, T tokens, D features of all layers side by side, L layers.
 """
 
@@ -88,23 +88,23 @@ def profile_layers(
     Memory does not depend on N. The joint moments take D x D float64 (33 MB for the 2016 channels of a ResNet-110, 1.8
     GB for the 15 104 of a ResNet-50's blocks). Beside them:
 
-    keep_images: pooled features of at most so many images are kept (float32, on the CPU): all, or a uniform sample drawn
-        by `seed`. "rbf_cka" and `pooled` look at these, `subset` and `resample` need them all. 0 keeps none.
+    keep_images: pooled features of at most so many images are kept (float32, on the CPU): all, or a uniform sample
+        drawn by `seed`. "rbf_cka" and `pooled` look at these, `subset` and `resample` need them all. 0 keeps none.
     chunks: the images are dealt at random to so many chunks, and the moments of each are kept (each D x D float64), so
         that `resample` works for any N. Needless when all features are kept, and up to N = 2 D chunks the features are
         the smaller.
     grid: see `pool_features`.
 
-    teacher: a `FrozenTeacher`, or anything with `layers`, names in execution order, and `observe(images, reduce=f)` that
-        returns an object whose `features` is a dict layer -> f(feature).
+    teacher: a `FrozenTeacher`, or anything with `layers`, names in execution order, and `observe(images, reduce=f)`
+        that returns an object whose `features` is a dict layer -> f(feature).
     batches: iterable of objects with `images`, of tuples (images, labels) as a DataLoader gives them, or of images.
     Raises TypeError for a bare model; ValueError for fewer than two images, naming the layer whose features are not
     finite or change in number, or where the moments would not fit into this machine's memory.
     """
     if not hasattr(teacher, "observe"):
-        kind = type(teacher).__name__
         raise TypeError(
-            f"teacher is a {kind}, which cannot observe: pass FrozenTeacher(model, candidate_layers(model))"
+            f"teacher is a {type(teacher).__name__}, which cannot observe: "
+            "pass FrozenTeacher(model, candidate_layers(model))"
         )
     if not teacher.layers:
         raise ValueError("the teacher captures no layers: name at least one when making it")
@@ -210,7 +210,7 @@ class _Sample:
         if self.rows is None:  # memory is taken only as rows are written
             self.rows = torch.empty(self.size, rows.shape[1], dtype=rows.dtype)
         arrived = np.arange(self.seen, self.seen + len(rows))
-        # The t-th row, counted from 0, takes its own place while there is room; then a random one of t + 1, if it exists.
+        # The t-th row, from 0, takes its own place while there is room; then a random one of t + 1, if it exists.
         places = np.where(arrived < self.size, arrived, self.generator.integers(0, arrived + 1))
         last = dict(zip(places.tolist(), range(len(rows))))  # of two rows for one place the later stays
         last = {place: row for place, row in last.items() if place < self.size}
@@ -425,8 +425,8 @@ def _linear_cka_table(profile: LayerProfile) -> Tensor:
 
 
 def _linear_cka_debiased_table(profile: LayerProfile) -> Tensor:
-    # A dead channel counts in the squared norms, whose sum was kept: nothing in float32 features, whose dead channels do
-    # not vary at all, but seen in float64 ones with a mean of 1e7 times their spread.
+    # A dead channel counts in the squared norms, whose sum was kept: nothing in float32 features, whose dead channels
+    # do not vary at all, but seen in float64 ones with a mean of 1e7 times their spread.
     if profile.n_images < 4:
         raise ValueError(f"linear_cka_debiased needs four images and the profile is of {profile.n_images}")
     scatter = _live_scatter(profile)
@@ -541,7 +541,7 @@ METRICS: dict[str, Callable[[LayerProfile], Tensor]] = {
     "svcca": _svcca_table,  # mean canonical correlation of the directions that hold 99 % of the variance
     "pwcca": _pwcca_table,  # canonical correlations weighted by what they account for
     "linear_cka": _linear_cka_table,  # alignment of linear kernels
-    "linear_cka_debiased": _linear_cka_debiased_table,  # the same, 0 on average for unrelated features however few images
+    "linear_cka_debiased": _linear_cka_debiased_table,  # the same, 0 on average for unrelated features of any N
     "rbf_cka": _rbf_cka_table,  # alignment of Gaussian kernels, median bandwidth
     "procrustes": _procrustes_table,  # what is left alike after the best rotation
     "depth": _depth_table,  # no data at all, 1 - |i - j| / (L - 1): the control

@@ -56,7 +56,8 @@ FIGURES = (
         "agreement",
         "How firm the clusters are",
         "What else could have been: other images, fewer images, another measure, another teacher, no training at all. "
-        "1 means that the clusters stay the same, 0 that they agree as by chance; a dot is one comparison, a bar the mean.",
+        "1 means that the clusters stay the same, 0 that they agree as by chance; a dot is one comparison, a bar the "
+        "mean.",
     ),
     (
         "03_cluster_layers",

@@ -106,8 +106,8 @@ def r2_cca(x: Tensor, y: Tensor, *, centered: bool = True) -> Tensor:
     """Mean squared canonical correlation (R^2_CCA) of two representations of the same N images.
 
     With orthonormal bases Q_x (N, r_x) and Q_y (N, r_y) of the column spaces: ||Q_y'Q_x||_F^2 / min(r_x, r_y). Any
-    invertible linear map of either side, and a constant added to either, change nothing (as long as no direction becomes
-    so faint beside the others that it counts as rounding, see below: a map of condition 1e4 is safe).
+    invertible linear map of either side, and a constant added to either, change nothing (as long as no direction
+    becomes so faint beside the others that it counts as rounding, see below: a map of condition 1e4 is safe).
 
     The published formula divides by min(Dx, Dy), which is the same for features of full rank. Dead or linearly
     dependent channels make the rank smaller than D; a QR would then invent arbitrary directions. Here directions below

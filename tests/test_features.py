@@ -41,6 +41,16 @@ def tiny(seed=0, **options):
     return Reversed(**options), torch.randn(4, 1, 6, 6)
 
 
+def tiny_in_eval():
+    """A model in eval mode, images, and what `norm` makes of them before the in-place ReLU."""
+    model, images = tiny()
+    model.eval()
+    return model, images, model.norm(model.conv(images)).detach()
+
+
+each_grad_mode = pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+
+
 def n_hooks(model):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
@@ -77,11 +87,9 @@ def test_features_come_in_execution_order_whatever_the_order_asked_for():
         assert list(extract(images, ["relu", "conv"])[1]) == ["conv", "relu"]
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@each_grad_mode
 def test_a_feature_is_before_the_in_place_relu_that_follows_in_every_call(mode):
-    model, images = tiny()
-    model.eval()
-    reference = model.norm(model.conv(images)).detach()
+    model, images, reference = tiny_in_eval()
     with mode(), FeatureExtractor(model, ["norm", "relu"]) as extract:
         for _ in range(3):
             _, features = extract(images)
@@ -128,11 +136,9 @@ def test_gradients_through_a_copied_feature_equal_those_without_in_place_operati
     assert any(gradient.abs().sum() > 0 for gradient in gradients[0])
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@each_grad_mode
 def test_what_is_kept_of_a_feature_is_taken_before_anything_overwrites_it(mode):
-    model, images = tiny()
-    model.eval()
-    reference = model.norm(model.conv(images)).detach()
+    model, images, reference = tiny_in_eval()
     with mode(), FeatureExtractor(model, ["norm", "relu"]) as extract:
         mean = lambda map: map.mean((2, 3))  # noqa: E731
         for reduce in (mean, None, mean, lambda map: map[:, 1:], lambda map: map, None):
@@ -251,7 +257,7 @@ def test_a_feature_without_a_row_per_image_is_refused():
         layer_table(nn.Sequential(nn.Flatten(2), *tokens_first), ["2.0"], (5, 2, 2))
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@each_grad_mode
 def test_layers_that_hand_on_their_input_or_a_view_of_it_keep_what_they_returned(mode):
     torch.manual_seed(0)
     layers = [nn.Identity(), nn.Conv2d(1, 3, 3), nn.Identity(), nn.Dropout(), nn.Flatten(2), nn.ReLU(inplace=True)]

@@ -31,7 +31,7 @@ def seeded(seed=0):
 
 
 class FakeTeacher:
-    """Shows stored features; an "image" is the number of its row. It names its layers in another order than they run."""
+    """Shows stored features; an "image" is the number of its row. It names its layers not in the order they run."""
 
     def __init__(self, features):
         self.features = features
@@ -294,9 +294,8 @@ def test_moments_per_chunk_resample_without_any_features(features):
         pd.testing.assert_frame_equal(whole.similarity(metric), plain.similarity(metric), atol=1e-9, rtol=0)
         pd.testing.assert_frame_equal(half.similarity(metric), alone.similarity(metric), atol=1e-9, rtol=0)
     assert "3 chunks" in repr(lean)
-    sampled = profile_layers(FakeTeacher(many), batches(4200, 250), keep_images=900, chunks=3).resample(
-        seeded(4), 2 / 3
-    )
+    sampled = profile_layers(FakeTeacher(many), batches(4200, 250), keep_images=900, chunks=3)
+    sampled = sampled.resample(seeded(4), 2 / 3)
     assert set(part_of[sampled.images]) == set(drawn) and 300 < len(sampled.features) == len(sampled.images) < 900
     rows = torch.from_numpy(sampled.images)
     pd.testing.assert_frame_equal(sampled.similarity("rbf_cka"), plain.subset(rows).similarity("rbf_cka"))

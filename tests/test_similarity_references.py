@@ -711,7 +711,7 @@ def test_debiased_cka_needs_four_images():
 
 @pytest.mark.parametrize("n", [4, 20, 300])
 def test_debiased_cka_of_layers_that_one_image_alone_wakes_is_0(n):
-    """Such a kernel has nothing but its diagonal left, once centered for debiasing: 0/0, and that is 0, not rounding."""
+    """Such a kernel has nothing but its diagonal left, once centered for debiasing: 0/0, which is 0, not rounding."""
     rng = np.random.default_rng(n)
     for _ in range(20):
         x, y = np.zeros((n, 3)), np.zeros((n, 2))

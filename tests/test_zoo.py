@@ -19,7 +19,7 @@ from pursuhint_lib.models.vgg_cifar import vgg_stage
 
 VGG_MAPS = {"stage1": (64, 32), "stage2": (128, 16), "stage3": (256, 8), "stage4": (512, 4), "stage5": (512, 4)}
 # The RepDistiller definitions, 100 classes, 32x32 images: parameters, multiply-accumulates in millions, feature list
-# (channels, width) and the length of the pooled vector.
+# (channels, width) and the length of the pooled vector. Basic and wide ResNets are in test_models.
 PUBLISHED = {
     "vgg8_cifar": (3_965_028, 96.19, VGG_MAPS, 512),
     "vgg11_cifar": (9_277_284, 209.44, VGG_MAPS, 512),
@@ -77,6 +77,19 @@ def test_parameters_multiply_accumulates_and_feature_shapes_equal_the_published_
     assert round(counter.get_total_flops() / 2e6, 2) == macs
     found = {layer: tuple(feature.shape[1:]) for layer, feature in features.items()}
     assert found == {**{layer: (c, width, width) for layer, (c, width) in maps.items()}, "pool": (pooled, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "macs"), [("resnet18", 11_689_512, 1814), ("resnet34", 21_797_672, 3664)]
+)
+def test_the_pair_of_the_imagenet_study_has_the_published_size(name, parameters, macs):
+    """1000 classes, 224x224 images, torchvision's definition; multiply-accumulates in millions."""
+    with torch.device("meta"):
+        model = build_model(name, 1000).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 224, 224, device="meta"))
+    assert round(counter.get_total_flops() / 2e6) == macs
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

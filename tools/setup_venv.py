@@ -106,7 +106,8 @@ def build(lock_handle: int, why: str) -> None:
     # Wheels only: building a source archive would fetch its build tools past the lock's hashes.
     options = ["--quiet", "--require-hashes", "--only-binary", ":all:", "--requirement", str(LOCK)]
     say(
-        "Set-up: fetching and unpacking about 200 packages, 3 GB to download and 6 GB on disk (PyTorch's CUDA libraries)"
+        "Set-up: fetching and unpacking about 200 packages, 3 GB to download and 6 GB on disk "
+        "(PyTorch's CUDA libraries)"
     )
     if uv:
         say("Set-up: with uv, about half a minute on a fast line")

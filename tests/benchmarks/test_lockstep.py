@@ -62,8 +62,9 @@ def test_write_the_table():
     lines = [
         "# Lockstep against separate runs",
         "",
-        "Eight arms (AT and FitNet, four choices of hint points) of the digits study's networks, two epochs each: trained",
-        "one by one, the teacher run for each, against together. Same process, same machine; the ratio is what counts.",
+        "Eight arms (AT and FitNet, four choices of hint points) of the digits study's networks, two epochs each:",
+        "trained one by one, the teacher run for each, against together. Same process, same machine; the ratio is what",
+        "counts.",
         "",
         "| arms | workers | threads each | one by one (s) | together (s) | ratio |",
         "|---|---|---|---|---|---|",

@@ -105,8 +105,9 @@ def test_all_pairs_against_one_pair_at_a_time(features, metric, reference, how, 
         taken, value = seconds(lambda x=x, y=y: reference(x, y), repeats)
         assert table.loc[first, second] == pytest.approx(value, rel=1e-8)
         scaled, timed = scaled + taken * count, timed + 1
+    per_pair = scaled / sum(PAIRS.values())
     LINES["pairs"].append(
-        f"| `{metric}` | {how} | {scaled / sum(PAIRS.values()):.3g} | {scaled:,.0f} | {ours:.2f} | {scaled / ours:,.0f} |"
+        f"| `{metric}` | {how} | {per_pair:.3g} | {scaled:,.0f} | {ours:.2f} | {scaled / ours:,.0f} |"
     )
 
 
@@ -177,9 +178,10 @@ def test_write_the_table():
         "",
         f"## All pairs of {len(WIDTHS)} layers of ResNet-110's widths, {IMAGES:,} images",
         "",
-        "Ours: seconds from pooled features to the whole table, moments included. Reference: numpy, one pair at a time;",
-        f"one pair of each of the {len(PAIRS)} combinations of widths was timed and scaled to all {sum(PAIRS.values()):,} pairs, so the column",
-        '"reference, all pairs" is an estimate. Both gave the same numbers for the timed pairs, to 1e-8 relative.',
+        "Ours: seconds from pooled features to the whole table, moments included. Reference: numpy, one pair at a",
+        f"time; one pair of each of the {len(PAIRS)} combinations of widths was timed and scaled to all",
+        f'{sum(PAIRS.values()):,} pairs, so the column "reference, all pairs" is an estimate. Both gave the same',
+        "numbers for the timed pairs, to 1e-8 relative.",
         "",
         "| metric | reference | one pair (s) | reference, all pairs (s) | ours (s) | ratio |",
         "|---|---|---|---|---|---|",
@@ -187,8 +189,8 @@ def test_write_the_table():
         "",
         "## One pass over the images against the bare forward pass",
         "",
-        "ResNet-110, 32 x 32 pixels, 54 candidate layers, float32, batches of 250. Median and range of five rounds, each with",
-        "the bare pass before and after the profiled one. Profiling includes pooling and the moments.",
+        "ResNet-110, 32 x 32 pixels, 54 candidate layers, float32, batches of 250. Median and range of five rounds,",
+        "each with the bare pass before and after the profiled one. Profiling includes pooling and the moments.",
         "",
         "| images | bare pass (s) | profiling costs on top | range |",
         "|---|---|---|---|",
@@ -196,8 +198,8 @@ def test_write_the_table():
         "",
         "## Peak memory of a profile, beyond the process before it (MB)",
         "",
-        f"The {sum(WIDTHS)} channels of ResNet-110's blocks; the features are drawn at random in batches of 250, without a network,",
-        "so that only the profile counts.",
+        f"The {sum(WIDTHS)} channels of ResNet-110's blocks; the features are drawn at random in batches of 250,",
+        "without a network, so that only the profile counts.",
         "",
         "| what is kept | 10 000 images | 50 000 images | ratio |",
         "|---|---|---|---|",
