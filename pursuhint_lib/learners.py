@@ -144,9 +144,11 @@ class Distilled(nn.Module):
                 weights += [hint.weight] * len(numbers)
                 student = [_shape(student_table, pair.student_layer) for pair in hint.pairs]
                 teacher = [_shape(teacher_table, pair.teacher_layer) for pair in hint.pairs]
-                if method.joint:
-                    self.adapters.append(method(student, teacher, labels))
-                    self._served.append(numbers)
+                if method.joint:  # by depth of the student, whatever the order of the pairs
+                    depth = list(student_table["layer"])
+                    order = sorted(range(len(numbers)), key=lambda i: depth.index(hint.pairs[i].student_layer))
+                    self.adapters.append(method([student[i] for i in order], [teacher[i] for i in order], labels))
+                    self._served.append([numbers[i] for i in order])
                 else:
                     self.adapters.extend(method(s, t, labels) for s, t in zip(student, teacher, strict=True))
                     self._served += [[number] for number in numbers]

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from pursuhint_lib.data import Batch
-from pursuhint_lib.features import FrozenTeacher, Observation, layer_table
+from pursuhint_lib.features import FeatureExtractor, FrozenTeacher, Observation, layer_table
+from pursuhint_lib.hint_losses import sp_loss
 from pursuhint_lib.hints import HintPair
 from pursuhint_lib.learners import Distilled, Hint, Supervised, balance_hints, feature_key, gradient_norms, seeded
+from pursuhint_lib.logit_losses import LOGIT_LOSSES, dist_loss, dkd_loss, standardize_logits, wsld_loss
 from pursuhint_lib.losses import at_loss, cls_loss, hint_mse, kd_loss
 from pursuhint_lib.models import state_hash
 from pursuhint_lib.training import _step
@@ -318,3 +320,127 @@ def test_adapters_that_rest_have_a_gradient_of_zero_so_that_the_optimizer_can_st
 def test_pairs_that_are_no_pool_with_every_point_are_refused(pairs, redrawn):
     with pytest.raises(ValueError, match=f"'at': {pairs} pairs are not 2 student layers with each layer of a pool"):
         Hint("at", [HintPair("a", "first")] * pairs, 1.0, redrawn)
+
+
+# ---- Sums of terms, warm-ups and pre-stages ----
+
+
+def value(term):
+    return float(term.detach())
+
+
+@pytest.mark.parametrize("name", LOGIT_LOSSES)
+def test_any_logit_loss_takes_the_place_of_kd_under_its_own_name(name):
+    student, _, tables, batch, seen = scene()
+    terms = distilled(student, tables, [], logit_loss=name).losses(batch, seen)
+    logits, teacher_logits = terms["logits"], seen.logits
+    if name.endswith("_std"):
+        logits, teacher_logits = standardize_logits(logits), standardize_logits(teacher_logits)
+    expected = {
+        "kd": lambda: kd_loss(logits, teacher_logits, 4.0),
+        "dkd": lambda: dkd_loss(logits, teacher_logits, batch.labels, 4.0),
+        "wsld": lambda: wsld_loss(logits, teacher_logits, batch.labels, 4.0),
+        "dist": lambda: dist_loss(logits, teacher_logits, 4.0),
+    }[name.removesuffix("_std")]()
+    assert set(terms) == {"loss", "logits", "cls", name, "weighted_cls", f"weighted_{name}"}
+    assert torch.equal(terms[name], expected)
+    assert value(terms["loss"]) == pytest.approx(0.3 * value(terms["cls"]) + 0.7 * value(expected), rel=1e-5)
+
+
+def test_an_unknown_logit_loss_is_refused_by_name():
+    student, _, tables, _, _ = scene()
+    with pytest.raises(ValueError, match="logit loss 'kdd' .allowed: kd, dkd, wsld, dist, kd_std"):
+        distilled(student, tables, [], logit_loss="kdd")
+
+
+def test_several_methods_add_up_each_on_its_own_pairs():
+    student, _, tables, batch, seen = scene()
+    hints = [Hint("at", CROSSED, 5.0), Hint("sp", [HintPair("second", "second")], 7.0)]
+    terms = distilled(student, tables, hints, logit_loss="wsld").losses(batch, seen)
+    at = distilled(student, tables, hints[:1]).losses(batch, seen)["at"]
+    sp = sp_loss(student.second(student.first(batch.images)), seen.features["second"])
+    assert torch.equal(terms["at"], at) and value(terms["sp"]) == pytest.approx(value(sp))
+    assert value(terms["weighted_at"]) == pytest.approx(5 * 2 * value(at))
+    parts = [value(term) for name, term in terms.items() if name.startswith("weighted_")]
+    assert len(parts) == 4 and value(terms["loss"]) == pytest.approx(sum(parts))
+
+
+def test_a_method_that_joins_its_pairs_gives_each_a_term_with_a_weight_of_its_own():
+    student, _, tables, batch, seen = scene()
+    pairs = [HintPair("first", "first"), HintPair("second", "second")]
+    learner = distilled(student, tables, [Hint("reviewkd", pairs, 1.0)])
+    assert len(learner.adapters) == 1
+    learner.hint_weights.copy_(torch.tensor([2.0, 30.0]))
+    terms = learner.losses(batch, seen)
+    _, features = FeatureExtractor(student, ["first", "second"]).__enter__()(batch.images)
+    own = learner.adapters[0](list(features.values()), [seen.features[name] for name in features], batch)
+    assert value(terms["weighted_reviewkd"]) == pytest.approx(2 * value(own[0]) + 30 * value(own[1]), rel=1e-5)
+    backwards = distilled(student, tables, [Hint("reviewkd", pairs[::-1], 1.0)])
+    backwards.hint_weights.copy_(torch.tensor([30.0, 2.0]))
+    assert value(backwards.losses(batch, seen)["weighted_reviewkd"]) == pytest.approx(value(terms["weighted_reviewkd"]))
+    with pytest.raises(ValueError, match="'reviewkd' joins all its pairs"):
+        distilled(student, tables, [Hint("reviewkd", pairs * 2, 1.0, redrawn=2)])
+
+
+def test_hints_of_several_methods_are_balanced_to_the_same_share_whatever_their_numbers_of_pairs():
+    student, _, tables, batch, seen = scene()
+    hints = [Hint("at", CROSSED, 1.0), Hint("fitnet", [HintPair("second", "second")], 1.0)]
+    learner = distilled(student, tables, hints)
+    balance_hints(learner, [batch], [seen], share=0.8)
+    heard = gradient_norms(learner, batch, seen)
+    names = ["at: first -> second", "at: second -> first", "fitnet: second -> second"]
+    assert list(heard) == ["cls", "kd", *names]
+    _, cls, kd, _ = learner._terms(batch, seen, [])
+    base = norm_of(learner, 0.3 * cls + 0.7 * kd)
+    assert [heard[name] for name in names] == pytest.approx([0.2 * base, 0.2 * base, 0.4 * base], rel=1e-3)
+
+
+@pytest.mark.parametrize("method, logit_loss, warmed", [("reviewkd", "kd", "reviewkd"), ("at", "dkd", "dkd")])
+def test_a_warm_up_raises_the_weight_from_nothing_over_a_twelfth_of_the_training(method, logit_loss, warmed):
+    student, _, tables, batch, seen = scene()
+    pairs = [HintPair("first", "first"), HintPair("second", "second")]
+    learner = distilled(student, tables, [Hint(method, pairs, 3.0)], logit_loss=logit_loss)
+    whole = value(learner.losses(batch, seen)[f"weighted_{warmed}"])
+    assert f"weighted_{warmed}" not in learner.losses(batch, seen, 0.0)
+    for progress, volume in ((1 / 24, 0.5), (1 / 12, 1.0), (0.5, 1.0)):
+        assert value(learner.losses(batch, seen, progress)[f"weighted_{warmed}"]) == pytest.approx(volume * whole)
+
+
+def test_in_the_pre_stage_of_ab_the_student_learns_from_it_alone_and_afterwards_from_all_else():
+    student, _, tables, batch, seen = scene()
+    hints = [Hint("ab", CROSSED, 2.0), Hint("at", CROSSED, 3.0)]
+    learner = distilled(student, tables, hints)
+    early, late = learner.losses(batch, seen, 0.124), learner.losses(batch, seen, 0.125)
+    assert {name for name in early if name.startswith("weighted_")} == {"weighted_ab"}
+    assert value(early["loss"]) == pytest.approx(2 * 2 * value(early["ab"])) and "at" not in early
+    assert {name for name in late if name.startswith("weighted_")} == {"weighted_cls", "weighted_kd", "weighted_at"}
+    assert "ab" not in late
+
+
+def test_in_the_pre_stage_of_ft_the_paraphraser_learns_and_the_student_has_no_hint_of_it():
+    student, _, tables, batch, seen = scene()
+    learner = distilled(student, tables, [Hint("ft", CROSSED, 2.0)])
+    early = learner.losses(batch, seen, 0.1)
+    assert {name for name in early if name.startswith("weighted_")} == {"weighted_cls", "weighted_kd"}
+    rest = early["weighted_cls"] + early["weighted_kd"]
+    assert value(early["loss"]) == pytest.approx(value(rest + early["ft_preparation"]))
+    for parameter in learner.model.parameters():
+        gradients = torch.autograd.grad([early["ft_preparation"]], [parameter], retain_graph=True, allow_unused=True)
+        assert gradients == (None,)
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, fused=True)
+    paraphrasers = nn.ModuleList(adapter.paraphraser for adapter in learner.adapters)
+    translators = nn.ModuleList(adapter.translator for adapter in learner.adapters)
+    hashes = []
+    for progress in (0.0, 0.1, 0.2, 0.3):
+        _step(optimizer, learner.losses(batch, seen, progress)["loss"], 0.1)
+        hashes.append((state_hash(paraphrasers), state_hash(translators)))
+    assert len({paraphraser for paraphraser, _ in hashes}) == 2  # learned twice, then frozen
+    assert hashes[0][0] != hashes[1][0] == hashes[2][0] == hashes[3][0]
+    assert hashes[2][1] != hashes[3][1] and "ft_preparation" not in learner.losses(batch, seen, 0.2)
+
+
+def test_a_term_of_weight_zero_is_shown_and_no_part_of_the_loss():
+    student, _, tables, batch, seen = scene()
+    terms = distilled(student, tables, [], logit_weight=0.0).losses(batch, seen)
+    assert "kd" in terms and "weighted_kd" not in terms
+    assert value(terms["loss"]) == pytest.approx(0.3 * value(terms["cls"]))
