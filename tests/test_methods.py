@@ -11,7 +11,16 @@ from torch import nn
 
 from pursuhint_lib import methods
 from pursuhint_lib.data import Batch
-from pursuhint_lib.hint_losses import ab_loss, ft_loss, hcl_loss, ofd_loss, rkd_angle_loss, rkd_distance_loss
+from pursuhint_lib.hint_losses import (
+    ab_loss,
+    ft_loss,
+    hcl_loss,
+    nst_loss,
+    ofd_loss,
+    pkt_loss,
+    rkd_angle_loss,
+    rkd_distance_loss,
+)
 from pursuhint_lib.losses import at_loss, hint_mse, match_size
 from pursuhint_lib.methods import METHODS, scores_of_rows
 
@@ -264,6 +273,12 @@ def test_rkd_adds_distances_and_angles_with_the_weights_of_the_benchmark():
     assert torch.allclose(term(build("rkd"), student, teacher), expected)
 
 
+def test_pkt_and_nst_are_their_losses_of_means_and_of_maps():
+    student, teacher = features()
+    assert torch.equal(term(build("pkt"), student, teacher), pkt_loss(student.mean((2, 3)), teacher.mean((2, 3))))
+    assert torch.equal(term(build("nst"), student, teacher), nst_loss(F.adaptive_avg_pool2d(student, 4), teacher))
+
+
 @pytest.mark.parametrize("name", ["at", "sp", "cc", "rkd", "pkt", "nst", "crd"])
 def test_methods_without_convolutions_are_computed_in_float32_under_autocast(name):
     student, teacher = (x.bfloat16() for x in features(teacher=(5, 6, 6)))
@@ -485,6 +500,7 @@ def test_prepare_teaches_the_paraphraser_alone_and_forward_the_translator_alone(
 def test_a_frozen_paraphraser_stays_as_it_is_and_is_read_in_evaluation_mode():
     method = build("ft", *SHAPES["student smaller"])
     student, teacher = features(*SHAPES["student smaller"])
+    method.eval()
     for _ in range(3):
         method.prepare(teacher)
     learned = copy.deepcopy(method.paraphraser)
