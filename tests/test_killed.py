@@ -124,7 +124,11 @@ def some_students_of_a_seed_are_kept(folder):
     return len(students(folder)) % n_arms > 0
 
 
-WAITED_FOR = [some_students_of_a_seed_are_kept, a_file_is_being_written, anything]
+def an_epoch_is_done(folder):
+    return any(folder.glob("checkpoints/s?.ckpt")) and not some_students_of_a_seed_are_kept(folder)
+
+
+WAITED_FOR = [some_students_of_a_seed_are_kept, an_epoch_is_done, a_file_is_being_written, anything]
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
