@@ -8,6 +8,7 @@ import csv
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -123,13 +124,18 @@ def some_students_of_a_seed_are_kept(folder):
     return len(students(folder)) % n_arms > 0
 
 
-WAITED_FOR = [some_students_of_a_seed_are_kept, a_file_is_being_written, anything]
+def an_epoch_is_done(folder):
+    return any(folder.glob("checkpoints/s?.ckpt")) and not some_students_of_a_seed_are_kept(folder)
+
+
+WAITED_FOR = [some_students_of_a_seed_are_kept, an_epoch_is_done, a_file_is_being_written, anything]
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
 def test_killed_at_a_random_moment_it_ends_with_the_same_bytes_and_trains_no_student_twice(undisturbed, tmp_path, kill):
     whole, duration = undisturbed
-    moment, event = random.Random(kill).uniform(0, duration), WAITED_FOR[kill % len(WAITED_FOR)]
+    moment = (kill + random.Random(kill).random()) / KILLS * duration  # each in a part of the run of its own
+    event = WAITED_FOR[kill % len(WAITED_FOR)]
     while True:
         folder = tmp_path / f"after {moment:.3f} s"
         process = begun(folder)
@@ -155,3 +161,13 @@ def test_the_whole_study_keeps_every_student_and_no_checkpoint(undisturbed):
     networks = {kept_file(folder, arm.name, seed) for arm in arms for seed in PARAMS.seeds}
     assert len(networks) == 10 and set(students(folder)) == networks
     assert len(contents(folder)) == 2 * len(networks) + 1 and not list(folder.glob("checkpoints/*"))
+
+
+def test_killed_after_the_last_student_of_a_seed_it_clears_away_what_is_left(undisturbed, tmp_path):
+    whole, _ = undisturbed
+    folder = shutil.copytree(whole, tmp_path / "cut")
+    (folder / "checkpoints" / "s0.json").write_text("{}")  # the checkpoint itself goes first
+    (folder / "networks" / ".kd-s0.1.partial.safetensors").write_bytes(b"half a studen")
+    kept = students(folder)
+    finished(begun(folder))
+    assert students(folder) == kept and contents(folder) == contents(whole)
