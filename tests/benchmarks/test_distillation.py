@@ -308,12 +308,11 @@ def test_accuracy_in_bfloat16_is_that_of_float32_within_seed_noise():
             f"{verdict(low, high)} |"
         )
     native = resolve_precision("auto", CPU) == torch.bfloat16
-    computes = (
-        "computes bfloat16 natively" if native else "does not compute bfloat16 natively: a study would use float32"
-    )
+    computes = "computes" if native else "does not compute"
     LINES["accuracy"] += [
         "",
-        f"The teacher names {taught_by:.2f} % of these {len(images.validation):,} noisy images. This machine {computes}.",
+        f"The teacher names {taught_by:.2f} % of these {len(images.validation):,} noisy images. This machine",
+        f"{computes} bfloat16 natively (where that is not so, a study takes float32 by itself).",
     ]
 
 
@@ -459,15 +458,17 @@ def test_write_the_table():
         "# The distillation engine",
         "",
         "Everything was measured in one run on one machine; the ratios are what counts. Images are random, of CIFAR's",
-        f"size, in batches of {BATCH}. Every speed is the median of {ROUNDS} rounds, in each of which all rivals had their turn.",
+        f"size, in batches of {BATCH}. A speed is the median of {ROUNDS} rounds, in each of which all rivals had",
+        "their turn.",
         "",
         "## Eight arms in lockstep against eight runs of the plain loop",
         "",
-        "Four choices of three hint points, each with AT and with FitNet, beside CE and KD. A plain run is one arm as the",
-        "field's scripts train it: float32, torch's default memory format, the teacher run again for every arm. Ratios are",
-        "to such runs one after the other on all cores, the first row; the second row has two of them at a time. Lockstep is",
-        "`training.fit`: one teacher pass for all arms, channels-last. In float32 the losses of the first batch agree to",
-        f"1e-4, arm by arm. Per arm and round {STEPS} steps are timed, after one that is not. Images are counted for every arm.",
+        "Four choices of three hint points, each with AT and with FitNet, beside CE and KD. A plain run is one arm as",
+        "the field's scripts train it: float32, torch's default memory format, the teacher run again for every arm.",
+        "Ratios are to such runs one after the other on all cores, the first row; the second row has two of them at a",
+        "time. Lockstep is `training.fit`: one teacher pass for all arms, channels-last. In float32 the losses of the",
+        f"first batch agree to 1e-4, arm by arm. Per arm and round {STEPS} steps are timed, after one that is not.",
+        "Images are counted for every arm.",
         "",
         "| networks | how | precision | workers x threads | images per second | ratio | range of the rounds |",
         "|---|---|---|---|---|---|---|",
@@ -475,8 +476,8 @@ def test_write_the_table():
         "",
         "## Accuracy in bfloat16 and in float32",
         "",
-        f"Students of the digits study ({ACCURACY_EPOCHS} epochs), trained twice from the same initial weights on the same",
-        "batches. Accuracy on validation images in percent, with its standard deviation over seeds; the difference is",
+        f"Students of the digits study ({ACCURACY_EPOCHS} epochs), trained twice from the same initial weights on the",
+        "same batches. Accuracy on validation images in percent, with its standard deviation over seeds; the difference is",
         "bfloat16 - float32 in points, paired by seed, with its 95 % interval.",
         "",
         "| arm | seeds | float32 | deviation | bfloat16 | difference | interval | which |",
@@ -485,9 +486,9 @@ def test_write_the_table():
         "",
         f"## The same loss and loop in torchdistill {importlib.metadata.version('torchdistill')}",
         "",
-        "One arm, CE + KD + AT at the stage ends, float32 on both sides, the same images in the same order, the same initial",
-        f"weights, SGD with momentum; {PEER_STEPS} steps per round are timed. Theirs: `DistillationBox` with forward hooks and its",
-        "own loss modules, fed by a data loader in the same process. Ours: `training.fit`.",
+        "One arm, CE + KD + AT at the stage ends, float32 on both sides, the same images in the same order, the same",
+        f"initial weights, SGD with momentum; {PEER_STEPS} steps per round are timed. Theirs: `DistillationBox` with",
+        "its forward hooks and loss modules, fed by a data loader in the same process. Ours: `training.fit`.",
         "",
         "| networks | their first loss | our first loss | their images per second | ours | ratio | range |",
         "|---|---|---|---|---|---|---|",
@@ -498,8 +499,9 @@ def test_write_the_table():
     ]
     if LINES["gpu"]:
         lines += [
-            f"{', '.join(hardware()['gpu'])}. {GPU_STEPS} steps are timed, after as many that are not. Images are counted for",
-            f"every arm. Hours are projected: {CIFAR_EPOCHS} epochs of {CIFAR_IMAGES:,} images, as many as CIFAR-100 has for training.",
+            f"{', '.join(hardware()['gpu'])}. {GPU_STEPS} steps are timed, after as many that are not. Images are",
+            f"counted for every arm. Hours are projected: {CIFAR_EPOCHS} epochs of {CIFAR_IMAGES:,} images, as many as",
+            "CIFAR-100 has for training.",
             "",
             "| networks | arms | precision | images per second | hours for all | hours per student |",
             "|---|---|---|---|---|---|",
