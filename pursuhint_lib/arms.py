@@ -4,8 +4,8 @@ An arm is one way to train the student (method x strategy); with a seed it gives
 from the same weights and see the same batches, so arms are compared in pairs.
 
 A method is written as a sum of names: at most one of `logit_losses.LOGIT_LOSSES` (kd, if there is none) and any of
-`methods.METHODS`. A hint takes the layers of the arm's strategy, or always those of one strategy that is named behind an
-"@": "at", "wsld+at", "dkd", "at+crd@last".
+`methods.METHODS`. A hint takes the layers of the arm's strategy, or always those of one strategy that is named behind
+an "@": "at", "wsld+at", "dkd", "at+crd@last".
 """
 
 import hashlib
@@ -39,19 +39,19 @@ PAIR_COLUMNS = ["arm", "method", "hint", "teacher_layer", "student_layer", "teac
 PAIR_COLUMNS += ["source", "redrawn"]
 TIMING_COLUMNS = ["seconds", "finished"]  # the only ones that differ between equal runs; kept in a table of their own
 # Of a history, as far as an arm has them; its other terms follow by name.
-FIRST_COLUMNS = ["arm", "seed", "epoch", "learning_rate", "loss", "cls", "kd", "status", "val_accuracy", "val_loss"]
-FIRST_COLUMNS += TIMING_COLUMNS
+FIRST_COLUMNS = ["arm", "seed", "epoch", "learning_rate", "loss", "cls", "kd", "status", "reason"]
+FIRST_COLUMNS += ["val_accuracy", "val_loss", *TIMING_COLUMNS]
 
 
 class Objective(NamedTuple):
-    """What a method asks of the student. hints: (hint method, the strategy that it always takes, or "" for the arm's)."""
+    """What a method asks of the student. hints: (hint method, its own strategy, or "" where it takes the arm's)."""
 
     logit_loss: str
     hints: tuple[tuple[str, str], ...]
 
 
 def parse_method(text: str) -> Objective:
-    """Read a method as a study writes it ("wsld+crd@last"), see above. Raises ValueError, one line, for what is none."""
+    """Read a method as a study writes it ("wsld+crd@last"), see above. Raises ValueError, one line, if it is none."""
     logit_losses, hints = [], []
     for part in text.split("+"):
         name, at, strategy = part.partition("@")

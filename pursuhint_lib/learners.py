@@ -261,8 +261,8 @@ def balance_hints(
 
     The gradient of the weighted terms of labels and logits, and that of each pair's hint, are taken with respect to the
     student's parameters on the given batches before any step; with root-mean-square norms g and h_j over the batches,
-    weight_j = share / (number of hints) / (number of the hint's pairs that teach at one step) * g / h_j. Without this, a
-    mean-reduced loss weighs an 8x8 map 16 times a 32x32 one, and where a hint is taken could not be told from how
+    weight_j = share / (number of hints) / (number of the hint's pairs that teach at one step) * g / h_j. Without this,
+    a mean-reduced loss weighs an 8x8 map 16 times a 32x32 one, and where a hint is taken could not be told from how
     loudly it is heard. Redrawn hints are weighed for all candidate pairs, and nothing is drawn; methods with a warm-up
     or a pre-stage are weighed as in their main phase. The learner's weights, buffers and step are left as they were.
 
@@ -307,7 +307,7 @@ def gradient_norms(learner: Distilled, batch: Batch, observation: Observation) -
 def shares_of_gradient(learner: nn.Module, terms: dict[str, Tensor]) -> dict[str, float]:
     """The norm of each weighted term's gradient with respect to the student's parameters, over the sum of all norms.
 
-    terms: what `losses` returned; its graph is kept. Empty for a learner without weighted terms. Keys: the terms' names.
+    terms: what `losses` returned; its graph is kept. Keys: the terms' names; empty for a learner without weighted terms.
     """
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     weighted = {name.removeprefix("weighted_"): term for name, term in terms.items() if name.startswith("weighted_")}

@@ -275,7 +275,7 @@ def _seed_dropout(device: torch.device, seed: int) -> None:
 
 def _optimizer(learner: Learner, schedule: Schedule) -> torch.optim.SGD:
     return torch.optim.SGD(
-        learner.parameters(),  # also those that learn at another time only: a parameter without a gradient is left alone
+        learner.parameters(),  # also those that learn at another time only
         lr=schedule.learning_rate,
         momentum=schedule.momentum,
         weight_decay=schedule.weight_decay,
