@@ -307,7 +307,7 @@ def gradient_norms(learner: Distilled, batch: Batch, observation: Observation) -
 def shares_of_gradient(learner: nn.Module, terms: dict[str, Tensor]) -> dict[str, float]:
     """The norm of each weighted term's gradient with respect to the student's parameters, over the sum of all norms.
 
-    terms: what `losses` returned; its graph is kept. Keys: the terms' names; empty for a learner without weighted terms.
+    terms: what `losses` returned; its graph is kept. Keys: the terms' names; none, if no term is weighted.
     """
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     weighted = {name.removeprefix("weighted_"): term for name, term in terms.items() if name.startswith("weighted_")}

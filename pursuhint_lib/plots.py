@@ -101,9 +101,14 @@ def learning_rates(ax: Axes, rates: Sequence[float]) -> None:
 
 
 def curves(ax: Axes, history: pd.DataFrame, column: str, label: str, *, percent: bool = False) -> None:
-    """`column` against epoch, a line per arm (mean over seeds) with the range of the seeds as a band."""
+    """`column` against epoch, a line per arm (mean over seeds) with the range of the seeds as a band. An arm has the
+    same color and dashes for every column, those included that it does not have.
+    """
     scale = 100 if percent else 1
-    for i, (arm, rows) in enumerate(history.dropna(subset=[column]).groupby("arm", sort=False)):
+    for i, (arm, rows) in enumerate(history.groupby("arm", sort=False)):
+        rows = rows.dropna(subset=[column])
+        if rows.empty:
+            continue
         by_epoch = rows.groupby("epoch")[column]
         color, dash = COLORS[i % 7], ["-", "--", ":"][i // 7 % 3]
         mean = by_epoch.mean() * scale
@@ -118,17 +123,12 @@ def curves(ax: Axes, history: pd.DataFrame, column: str, label: str, *, percent:
     )
 
 
-def term_shares(ax: Axes, history: pd.DataFrame, kind: str, label: str) -> None:
-    """How much of the whole each term of one student has, a line per term against epoch, in %.
-
-    kind: "loss" or "gradient", of the columns "<kind>_share_<term>" of a history, see `training.fit`.
-    """
-    prefix = f"{kind}_share_"
-    for i, column in enumerate(name for name in history.columns if name.startswith(prefix)):
+def terms(ax: Axes, history: pd.DataFrame, labels: Mapping[str, str], label: str) -> None:
+    """Columns of one student's history against epoch, in %: a line per column that is there, with its label."""
+    there = [column for column in labels if column in history]
+    for i, column in enumerate(there):
         rows = history.dropna(subset=[column])
-        if len(rows):
-            term = column.removeprefix(prefix)
-            ax.plot(rows["epoch"], 100 * rows[column], color=COLORS[i % 7], marker=".", label=term, lw=1.5)
+        ax.plot(rows["epoch"], 100 * rows[column], color=COLORS[i % 7], marker=".", label=labels[column], lw=1.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel=f"{label} (%)", title=label)
     ax.legend()
