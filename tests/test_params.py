@@ -164,11 +164,11 @@ def test_the_image_folder_is_the_one_that_the_images_are_read_from(tmp_path, hom
     images = load(tmp_path, common__data="cifar10")["01_train_teacher"]
     (home / "a").mkdir()
     (home / "b").mkdir()
-    assert images_folder(images, "f") == data._data_folder("") == home / "data"
+    assert images_folder(images, "f") == data.data_folder("") == home / "data"
     monkeypatch.setenv("PURSUHINT_DATA", "a")
-    assert images_folder(images, "f") == data._data_folder("") == home / "a"
+    assert images_folder(images, "f") == data.data_folder("") == home / "a"
     named = images.model_copy(update={"data_folder": "b"})
-    assert images_folder(named, "f") == data._data_folder("b") == home / "b"
+    assert images_folder(named, "f") == data.data_folder("b") == home / "b"
     monkeypatch.setenv("PURSUHINT_DATA", "c")
     with pytest.raises(ParameterError, match=r"^f: PURSUHINT_DATA .environment. = 'c': there is no such folder at /"):
         images_folder(images, "f")
