@@ -232,7 +232,9 @@ def _load_cifar(name: str, folder: Path) -> dict[str, ImageSet]:
     return {split: _in_canonical_order(image_set) for split, image_set in sets.items()}
 
 
-def _check_complete(name: str, folder: Path, files: dict[str, list["ImageFile"]], n_classes: int, per_class: int) -> None:
+def _check_complete(
+    name: str, folder: Path, files: dict[str, list["ImageFile"]], n_classes: int, per_class: int
+) -> None:
     if len(files) != n_classes:
         raise FileNotFoundError(f"{name} is not complete: {folder} holds {len(files)} classes, expected {n_classes}")
     wrong = [class_name for class_name, found in files.items() if len(found) != per_class]

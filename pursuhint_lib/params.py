@@ -121,7 +121,9 @@ class StudentTraining(Study):
 class TrainTeacher(StudentTraining, Networks, Hardware, Images):
     """01: a teacher, and students without one."""
 
-    teacher_weights: str = ""  # a state_dict (.safetensors, .pth) or torchvision's name of weights, in place of training
+    teacher_weights: str = (
+        ""  # a state_dict (.safetensors, .pth) or torchvision's name of weights, in place of training
+    )
     teacher_epochs: Count = 2
     teacher_learning_rate: Positive = 0.1
     teacher_seed: Seed = 0
@@ -417,7 +419,9 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
         if len(tokens):
             raise ParameterError(f"{place}: layer {tokens.iloc[0]} gives tokens; hints need maps (allowed: C x H x W)")
         if role == "teacher" and len(layers) < 3:
-            raise ParameterError(f"{place}: {len(layers)} candidate layers leave nothing to choose (allowed: 3 or more)")
+            raise ParameterError(
+                f"{place}: {len(layers)} candidate layers leave nothing to choose (allowed: 3 or more)"
+            )
         if role == "teacher" and "subset" in cluster.strategies and math.comb(len(layers), cluster.n_hints) > 1000:
             count = math.comb(len(layers), cluster.n_hints)
             raise ParameterError(

@@ -33,7 +33,9 @@ def load_weights(model: nn.Module, source: str) -> nn.Module:
     Raises FileNotFoundError for weights that are not there, or ValueError, with one line: unknown weights, a file that
     cannot be read, or weights that do not fit (for another number of classes, say).
     """
-    state = _read(storage.home() / Path(source).expanduser()) if source.endswith(_SUFFIXES) else _download(model, source)
+    state = (
+        _read(storage.home() / Path(source).expanduser()) if source.endswith(_SUFFIXES) else _download(model, source)
+    )
     for name, tensor in model.state_dict().items():
         if name.endswith("num_batches_tracked"):  # files from before torch 0.4.1 do not have it
             state.setdefault(name, tensor)

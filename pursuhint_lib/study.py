@@ -111,16 +111,12 @@ def training_batches(
     )
 
 
-def fixed_batches(
-    params: Images, images: StudyImages, which: str, device: torch.device
-) -> Batches | FolderBatches:
+def fixed_batches(params: Images, images: StudyImages, which: str, device: torch.device) -> Batches | FolderBatches:
     """Batches of `which` ("validation" or "test") in their own order, not augmented, with noise that never changes."""
     return _fixed(params, images, getattr(images, which), which, device)
 
 
-def probe_batches(
-    params: Images, images: StudyImages, size: int, device: torch.device
-) -> Batches | FolderBatches:
+def probe_batches(params: Images, images: StudyImages, size: int, device: torch.device) -> Batches | FolderBatches:
     """The images that layers are compared on: a seeded, class-balanced subset of the training images, not augmented."""
     return _fixed(params, images, balanced_subset(images.train, size, params.split_seed), "probe", device)
 
