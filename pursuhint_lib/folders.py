@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor
@@ -104,10 +105,11 @@ class FolderSet:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hex sha256 of names and sizes of the files, labels, class names and S. No file is read: one that changed but
-        kept its size is not noticed here.
+        """Hex sha256 of names and sizes of the files, labels, class names, S, and Pillow's version, whose decoders may
+        change by a bit. No file is read: one that changed but kept its size is not noticed here.
         """
-        digest = hashlib.sha256(json.dumps({"size": self.image_size, "classes": self.classes}).encode())
+        header = {"image_size": self.image_size, "classes": self.classes, "pillow": PIL.__version__}
+        digest = hashlib.sha256(json.dumps(header).encode())
         digest.update(b"\n".join(self.paths.tolist()))
         for values in (self.sizes, self.labels):
             digest.update(np.ascontiguousarray(values.numpy(), dtype="<i8"))
