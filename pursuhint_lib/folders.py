@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -245,7 +244,6 @@ class FolderBatches:
             num_workers=min(self.loaders, len(indices)),
             # A process that starts as a copy of this one starts at once, and shares the list of files.
             multiprocessing_context="fork" if self.loaders and sys.platform == "linux" else None,
-            worker_init_fn=_leave_interrupts_to_the_parent,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # torch draws a seed for the processes; not from the global generator
         )
@@ -292,8 +290,3 @@ class _Decoded:
             if torch.randint(2, (), generator=generator):
                 image = transforms.horizontal_flip(image)
         return image
-
-
-def _leave_interrupts_to_the_parent(_worker: int) -> None:
-    """Ctrl-C in a terminal reaches every process: only the one that trains should answer, and it ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -193,6 +193,14 @@ def test_what_happens_to_an_image_depends_on_seed_epoch_and_the_image_and_not_on
         assert sum(torch.equal(a, b) for a, b in zip(expected, images)) <= 1
 
 
+def test_two_images_of_a_batch_are_not_cropped_and_flipped_alike(train):
+    copies = train[torch.zeros(12, dtype=torch.int64)]
+    for option in ("crop", "flip"):
+        images = by_image(batches_of(copies, 12, **{option: True}))
+        different = {image.numpy().tobytes() for image in images}
+        assert len(different) == (12 if option == "crop" else 2)
+
+
 def test_every_image_comes_once_with_its_label_in_an_order_of_the_epoch(train):
     orders = []
     for epoch in (0, 1):
