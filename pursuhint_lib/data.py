@@ -99,6 +99,11 @@ class ImageSet:
         """C: 1 for gray images, 3 for RGB."""
         return self.images.shape[1]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return tuple(self.images.shape[1:])
+
     @cached_property
     def digest(self) -> str:
         """Hex sha256 of shape, class names, labels and images, in that order: equal digests mean equal sets."""
@@ -161,9 +166,11 @@ def load_images(
     if name != "image_folder" and image_size != 0:
         raise ValueError(f"image_size must be 0 for {name}, which has a size of its own, not {image_size}")
     if name == "image_folder":
-        sets = _load_image_folder(_data_folder(folder), image_size, n_classes, seed)
+        folder = data_folder(folder)
+        files, classes = list_image_folder(folder, n_classes, seed)
+        sets = _decoded_sets("image_folder", folder, files, classes, image_size, resize=True)
     else:
-        sets = _load_digits() if name == "digits" else _load_cifar(name, _data_folder(folder))
+        sets = _load_digits() if name == "digits" else _load_cifar(name, data_folder(folder))
         chosen = _choose_classes(sets["train"].classes, n_classes, seed)
         sets = {split: _only_classes(image_set, chosen) for split, image_set in sets.items()}
     return {"train": sets["train"], "test": sets["test"].repeated(test_repeats)}
@@ -225,7 +232,9 @@ def _load_cifar(name: str, folder: Path) -> dict[str, ImageSet]:
     return {split: _in_canonical_order(image_set) for split, image_set in sets.items()}
 
 
-def _check_complete(name: str, folder: Path, files: dict[str, list["_File"]], n_classes: int, per_class: int) -> None:
+def _check_complete(
+    name: str, folder: Path, files: dict[str, list["ImageFile"]], n_classes: int, per_class: int
+) -> None:
     if len(files) != n_classes:
         raise FileNotFoundError(f"{name} is not complete: {folder} holds {len(files)} classes, expected {n_classes}")
     wrong = [class_name for class_name, found in files.items() if len(found) != per_class]
@@ -275,8 +284,14 @@ def _in_canonical_order(image_set: ImageSet) -> ImageSet:
     return image_set[torch.from_numpy(by_bytes[by_label])]
 
 
-def _load_image_folder(folder: Path, image_size: int, n_classes: int, seed: int) -> dict[str, ImageSet]:
-    """Any images in ``train/<class>/`` and ``test/<class>/`` (or ``val/``). Classes not chosen are never decoded."""
+def list_image_folder(
+    folder: Path, n_classes: int, seed: int
+) -> tuple[dict[str, dict[str, list["ImageFile"]]], list[str]]:
+    """The image files of ``train/<class>/`` and ``test/<class>/`` (or ``val/``), nothing decoded.
+
+    Returns split ("train", "test") -> class -> its files, both sorted by name, and the classes: `n_classes` of them
+    drawn by `seed`, all for 0. Raises FileNotFoundError or ValueError, one line, when the folder is not made like that.
+    """
     test_split = next((split for split in ("test", "val") if (folder / split).is_dir()), None)
     if test_split is None or not (folder / "train").is_dir():
         raise FileNotFoundError(f"image folder {folder} must hold train/<class>/* and test/<class>/* or val/<class>/*")
@@ -291,11 +306,14 @@ def _load_image_folder(folder: Path, image_size: int, n_classes: int, seed: int)
             raise FileNotFoundError(f"{where} holds no images (known suffixes: {' '.join(IMAGE_SUFFIXES)})")
     chosen = _choose_classes(sorted(files["train"]), n_classes, seed)
     files = {split: {name: classes[name] for name in chosen if name in classes} for split, classes in files.items()}
-    return _decoded_sets("image_folder", folder, files, chosen, image_size, resize=True)
+    return files, chosen
 
 
-def _data_folder(folder: str | Path) -> Path:
-    """The folder meant by the argument, else by the environment, else the home's ``data/``, which a download makes."""
+def data_folder(folder: str | Path) -> Path:
+    """The folder meant by the argument, else by the environment, else the home's ``data/``, which a download makes.
+
+    Raises FileNotFoundError, one line, when a folder that is named is not there.
+    """
     named = str(folder) or os.environ.get("PURSUHINT_DATA", "")
     if not named:
         return storage.home() / "data"
@@ -330,13 +348,15 @@ def _only_classes(image_set: ImageSet, chosen: list[str]) -> ImageSet:
 # Decoding folders, once
 
 
-class _File(NamedTuple):
-    path: str  # relative to the data folder
+class ImageFile(NamedTuple):
+    """A file that was listed; `path` is relative to the data folder."""
+
+    path: str
     size: int
     mtime_ns: int
 
 
-def _list_split(folder: Path, split: str) -> dict[str, list[_File]]:
+def _list_split(folder: Path, split: str) -> dict[str, list[ImageFile]]:
     """Image files by class, both sorted by name. Hidden files and other suffixes are passed over."""
     if not (folder / split).is_dir():
         return {}
@@ -346,7 +366,7 @@ def _list_split(folder: Path, split: str) -> dict[str, list[_File]]:
         for entry in os.scandir(folder / split / class_name):
             if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".") and entry.is_file():
                 status = entry.stat()
-                found.append(_File(f"{split}/{class_name}/{entry.name}", status.st_size, status.st_mtime_ns))
+                found.append(ImageFile(f"{split}/{class_name}/{entry.name}", status.st_size, status.st_mtime_ns))
         classes[class_name] = sorted(found)
     return classes
 
@@ -358,7 +378,7 @@ def _is_visible_folder(entry: os.DirEntry) -> bool:
 def _decoded_sets(
     name: str,
     folder: Path,
-    files: dict[str, dict[str, list[_File]]],
+    files: dict[str, dict[str, list[ImageFile]]],
     classes: list[str],
     image_size: int,
     *,
@@ -414,7 +434,7 @@ def _check_memory(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         )
 
 
-def _decode(folder: Path, files: list[_File], image_size: int, resize: bool, progress: tqdm) -> np.ndarray:
+def _decode(folder: Path, files: list[ImageFile], image_size: int, resize: bool, progress: tqdm) -> np.ndarray:
     """(N, 3, image_size, image_size) uint8, decoded by threads (Pillow lets go of the lock while it decodes)."""
     images = np.empty((len(files), 3, image_size, image_size), np.uint8)
 
@@ -432,16 +452,21 @@ def _decode(folder: Path, files: list[_File], image_size: int, resize: bool, pro
 
 def _decoded_image(path: Path, image_size: int, resize: bool) -> np.ndarray:
     """One image as (3, image_size, image_size) uint8 RGB; with `resize`, shorter side resized and center cropped."""
-    try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-    except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything (SyntaxError, struct.error)
-        raise ValueError(f"{path} is not a readable image ({_first_line(error)}): replace or delete it") from None
+    rgb = read_image(path)
     if rgb.size != (image_size, image_size):
         if not resize:
             raise ValueError(f"{path} is {rgb.width}x{rgb.height} pixels, expected {image_size}x{image_size}")
         rgb = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(rgb).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file, decoded to RGB. Raises ValueError, one line that names the file, for damaged ones."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything (SyntaxError, struct.error)
+        raise ValueError(f"{path} is not a readable image ({_first_line(error)}): replace or delete it") from None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -561,18 +586,8 @@ class Batches:
         device: str | torch.device = "cpu",
     ) -> None:
         n, channels, height, width = image_set.images.shape
-        mean = torch.as_tensor(mean, dtype=torch.float64, device="cpu")
-        std = torch.as_tensor(std, dtype=torch.float64, device="cpu")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
-        if n == 0 or (n == 1 and shuffle and batch_size > 1):
-            raise ValueError(f"{n} images give no batch (a single image is dropped when shuffled)")
-        if mean.shape != (channels,) or std.shape != (channels,):
-            raise ValueError(
-                f"mean and std need one value per channel, {channels} each, not {mean.numel()} and {std.numel()}"
-            )
-        if not (std > 0).all():
-            raise ValueError(f"std must be above 0 in every channel, not {std.tolist()}")
+        count_batches(n, batch_size, shuffle)
+        mean, std = checked_statistics(mean, std, channels)
         if crop_padding < 0 or not noise >= 0:
             raise ValueError(f"crop_padding and noise must be 0 or more, not {crop_padding}, {noise}")
         self.image_set = image_set
@@ -610,9 +625,7 @@ class Batches:
         )
 
     def __len__(self) -> int:
-        n = len(self.image_set)
-        dropped = self.shuffle and n % self.batch_size == 1
-        return -(-n // self.batch_size) - dropped
+        return count_batches(len(self.image_set), self.batch_size, self.shuffle)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
@@ -625,7 +638,7 @@ class Batches:
         n, (channels, height, width) = len(self.image_set), self.image_set.images.shape[1:]
         index = torch.arange(n)
         if self.shuffle:
-            index = torch.randperm(n, generator=self._generator("order", epoch))
+            index = shuffled_order(n, self.seed, epoch, self.stream)
         start = index * self._rows_per_image
         if self.crop_padding:
             places = 2 * self.crop_padding + 1
@@ -653,14 +666,48 @@ class Batches:
         return batches()
 
     def _generator(self, purpose: str, epoch: int, device: torch.device | str = "cpu") -> torch.Generator:
-        """A generator for one purpose in one pass, seeded by NumPy's SeedSequence of seed, epoch and purpose.
+        return seeded_generator(self.stream + purpose, self.seed, epoch, device=device)
 
-        SeedSequence is made for this: neighboring seeds and epochs give unrelated streams, which seed + epoch does not
-        (there, epoch 1 of seed 0 would be epoch 0 of seed 1).
-        """
-        return torch.Generator(device).manual_seed(
-            int(_entropy(self.stream + purpose, self.seed, epoch).generate_state(1)[0])
+
+def count_batches(n: int, batch_size: int, shuffle: bool) -> int:
+    """Batches in a pass over n images; when shuffled, without a last batch of one image.
+
+    Raises ValueError when that leaves none.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+    if n == 0 or (n == 1 and shuffle and batch_size > 1):
+        raise ValueError(f"{n} images give no batch (a single image is dropped when shuffled)")
+    return -(-n // batch_size) - (shuffle and n % batch_size == 1)
+
+
+def checked_statistics(
+    mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, channels: int
+) -> tuple[Tensor, Tensor]:
+    """mean and std as (C,) float64 tensors on the CPU. Raises ValueError when they cannot be those of `channels`."""
+    mean = torch.as_tensor(mean, dtype=torch.float64, device="cpu")
+    std = torch.as_tensor(std, dtype=torch.float64, device="cpu")
+    if mean.shape != (channels,) or std.shape != (channels,):
+        raise ValueError(
+            f"mean and std need one value per channel, {channels} each, not {mean.numel()} and {std.numel()}"
         )
+    if not (std > 0).all():
+        raise ValueError(f"std must be above 0 in every channel, not {std.tolist()}")
+    return mean, std
+
+
+def shuffled_order(n: int, seed: int, epoch: int, stream: str) -> Tensor:
+    """(n,) int64: the order of n images in pass `epoch`."""
+    return torch.randperm(n, generator=seeded_generator(stream + "order", seed, epoch))
+
+
+def seeded_generator(purpose: str, *numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one purpose, seeded by NumPy's SeedSequence of the numbers (seed, epoch) and the purpose.
+
+    SeedSequence is made for this: neighboring seeds and epochs give unrelated streams, which seed + epoch does not
+    (there, epoch 1 of seed 0 would be epoch 0 of seed 1).
+    """
+    return torch.Generator(device).manual_seed(int(_entropy(purpose, *numbers).generate_state(1)[0]))
 
 
 def _entropy(purpose: str, *numbers: int) -> np.random.SeedSequence:

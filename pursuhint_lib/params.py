@@ -72,6 +72,11 @@ class Images(Study):
     data_folder: str = ""  # empty: $PURSUHINT_DATA, else data/ in the repository
     n_classes: CountOrNone = 0  # a seeded subset of the classes; 0 = all
     image_size: CountOrNone = 0  # image_folder only: side in pixels
+    streaming: bool = False  # image_folder only: decode the images anew in every epoch, for sets larger than the memory
+    loaders: CountOrNone = 2  # streaming only: processes that decode; they change no result
+    channel_statistics: Literal["training_images", "imagenet"] = (
+        "training_images"  # what images are normalized with; imagenet: what torchvision's weights expect
+    )
     noise: Weight = 0.5  # standard deviation of Gaussian pixel noise on the [0, 1] scale
     crop_padding: CountOrNone = 1  # training only: pad by so many pixels, crop at random
     flip: bool = False  # training only: mirror half of the images
@@ -104,7 +109,9 @@ class StudentTraining(Study):
         list[Seed], Field(min_length=1), BeforeValidator(lambda v: _all_different(v) if isinstance(v, list) else v)
     ] = [0, 1]
     batch_size: Annotated[int, _NUMBER, Field(ge=2)] = 64
-    schedule: Literal["fast", "paper"] = "fast"  # fast: one cycle; paper: x0.1 at 62.5, 75 and 87.5 % of the epochs
+    schedule: Literal["fast", "paper", "imagenet"] = (
+        "fast"  # fast: one cycle; paper: x0.1 at 62.5, 75 and 87.5 % of the epochs; imagenet: at 30, 60 and 90 %
+    )
     epochs: Count = 2
     learning_rate: Positive = 0.1
     momentum: Annotated[float, _NUMBER, Field(ge=0, lt=1)] = 0.9
@@ -114,6 +121,9 @@ class StudentTraining(Study):
 class TrainTeacher(StudentTraining, Networks, Hardware, Images):
     """01: a teacher, and students without one."""
 
+    teacher_weights: str = (
+        ""  # a state_dict (.safetensors, .pth) or torchvision's name of weights, in place of training
+    )
     teacher_epochs: Count = 2
     teacher_learning_rate: Positive = 0.1
     teacher_seed: Seed = 0
@@ -466,6 +476,14 @@ def _check_images(images: Images, file: str) -> tuple[int, int, int]:
     def refuse(key: str, reason: str) -> ParameterError:
         return ParameterError(f"{file}: common.{key} = {getattr(images, key)!r}: {reason}")
 
+    if images.streaming:
+        if images.data != "image_folder":
+            raise refuse("streaming", f"{images.data} lies in memory (allowed: image_folder, or streaming: false)")
+        for key, off in (("noise", 0), ("crop_padding", 0), ("evaluation_repeats", 1)):
+            if getattr(images, key) != off:
+                raise refuse(key, f"not with streaming, which crops a random part of each image (allowed: {off})")
+    if images.channel_statistics == "imagenet" and images.data == "digits":
+        raise refuse("channel_statistics", "digits are gray (allowed: training_images)")
     if images.data == "image_folder":
         if images.image_size == 0:
             raise refuse("image_size", "image_folder needs the side of its images in pixels (allowed: 1 or more)")

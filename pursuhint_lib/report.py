@@ -290,7 +290,7 @@ def _setting(facts: Facts) -> dict[str, Any]:
         "sets": {name: size if name == "train" else size // repeats for name, size in sizes.items()},
         "repeats": repeats,
         "student": None if students.empty else students.iloc[0],
-        "teacher_epochs": unaided.loc[teachers, "epoch"].nunique(),
+        "teacher_epochs": unaided.loc[teachers & (unaided["epoch"] > 0), "epoch"].nunique(),  # 0: trained elsewhere
         "student_epochs": sorted({rows["epoch"].nunique() for rows in (unaided[~teachers], aided)} - {0}),
         "seeds": sorted(facts.results["seed"].unique().tolist()),
         "n_hints": sorted({_n_hints(points) for points in facts.hint_points.values()} - {0}),

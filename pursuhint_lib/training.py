@@ -28,12 +28,16 @@ from pursuhint_lib.storage import written_whole
 Learner = nn.Module  # with what `learners` says: model, teacher_layers, needs_teacher, silent, losses
 
 
+_DROPS = {"paper": (0.625, 0.75, 0.875), "imagenet": (0.3, 0.6, 0.9)}  # schedule -> shares of the training
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast to learn. SGD with momentum; the last epoch counts.
 
     name: "fast" is one cycle (linear warm-up over the first quarter to `learning_rate`, then a half cosine to zero,
-    set at every step); "paper" multiplies by 0.1 at 62.5, 75 and 87.5 % of the epochs (150, 180, 210 of 240).
+    set at every step); "paper" multiplies by 0.1 at 62.5, 75 and 87.5 % of the epochs (150, 180, 210 of 240),
+    "imagenet" at 30, 60 and 90 % (He et al. 2016, arXiv 1512.03385, as torchvision's residual networks were trained).
     """
 
     name: str
@@ -44,8 +48,8 @@ class Schedule:
 
     def learning_rate_at(self, progress: float) -> float:
         """Learning rate when the fraction `progress` in [0, 1) of the training is done."""
-        if self.name == "paper":
-            return self.learning_rate * 0.1 ** sum(progress >= drop for drop in (0.625, 0.75, 0.875))
+        if self.name in _DROPS:
+            return self.learning_rate * 0.1 ** sum(progress >= drop for drop in _DROPS[self.name])
         warm_up = 0.25
         if progress < warm_up:
             return self.learning_rate * (0.04 + 0.96 * progress / warm_up)

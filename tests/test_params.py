@@ -19,6 +19,9 @@ from pursuhint_lib.params import (
 SMOKE = yaml.safe_load((PARAMS_FOLDER / "smoke.yaml").read_text())
 
 
+STREAMED = {"data": "image_folder", "image_size": 32, "streaming": True, "noise": 0, "crop_padding": 0}
+
+
 def load(tmp_path, **changes):
     """The smoke study with `section__key=value` changed."""
     content = {section: dict(values) for section, values in SMOKE.items()}
@@ -120,6 +123,12 @@ def test_a_name_that_the_library_does_not_know_is_one_line(tmp_path, place, valu
         ({"data": "cifar10", "validation_per_class": 5000}, ["validation_per_class = 5000", "1 to 4999"]),
         ({"image_size": 8}, ["image_size = 8", "allowed: 0"]),
         ({"data": "image_folder"}, ["image_size = 0", "allowed: 1 or more"]),
+        ({"streaming": True}, ["streaming = True", "digits lies in memory"]),
+        ({**STREAMED, "noise": 0.1}, ["noise = 0.1", "not with streaming", "allowed: 0"]),
+        ({**STREAMED, "crop_padding": 4}, ["crop_padding = 4", "not with streaming", "allowed: 0"]),
+        ({**STREAMED, "evaluation_repeats": 2}, ["evaluation_repeats = 2", "not with streaming", "allowed: 1"]),
+        ({**STREAMED, "image_size": 0}, ["image_size = 0", "allowed: 1 or more"]),
+        ({"channel_statistics": "imagenet"}, ["channel_statistics = 'imagenet'", "digits are gray"]),
         ({"data": "cifar10", "data_folder": "/nowhere"}, ["data_folder = '/nowhere'", "no such folder"]),
         ({"device": "cuda:99"}, ["device = 'cuda:99'", "allowed here: auto, cpu"]),
         ({"teacher": "resnet18"}, ["teacher = 'resnet18'", "takes 3 channels, not 1"]),
@@ -134,6 +143,10 @@ def test_images_networks_and_device_that_do_not_fit_are_one_line(tmp_path, home,
     text = str(error.value)
     assert "\n" not in text and text.startswith("params/smoke.yaml: common.")
     assert all(part in text for part in says), text
+
+
+def test_streamed_images_without_noise_are_taken(tmp_path, home):
+    check_names(load(tmp_path, **{f"common__{key}": value for key, value in STREAMED.items()}), "params/smoke.yaml")
 
 
 def test_more_subsets_than_anybody_would_train_are_refused(tmp_path):
@@ -168,11 +181,11 @@ def test_the_image_folder_is_the_one_that_the_images_are_read_from(tmp_path, hom
     images = load(tmp_path, common__data="cifar10")["01_train_teacher"]
     (home / "a").mkdir()
     (home / "b").mkdir()
-    assert images_folder(images, "f") == data._data_folder("") == home / "data"
+    assert images_folder(images, "f") == data.data_folder("") == home / "data"
     monkeypatch.setenv("PURSUHINT_DATA", "a")
-    assert images_folder(images, "f") == data._data_folder("") == home / "a"
+    assert images_folder(images, "f") == data.data_folder("") == home / "a"
     named = images.model_copy(update={"data_folder": "b"})
-    assert images_folder(named, "f") == data._data_folder("b") == home / "b"
+    assert images_folder(named, "f") == data.data_folder("b") == home / "b"
     monkeypatch.setenv("PURSUHINT_DATA", "c")
     with pytest.raises(ParameterError, match=r"^f: PURSUHINT_DATA .environment. = 'c': there is no such folder at /"):
         images_folder(images, "f")

@@ -258,6 +258,9 @@ def test_the_schedules_are_one_cycle_and_steps_and_use_no_best_epoch():
     paper = Schedule("paper", 240, 0.05)
     for epoch, rate in ((0, 0.05), (149, 0.05), (150, 0.005), (179, 0.005), (180, 5e-4), (210, 5e-5), (239, 5e-5)):
         assert paper.learning_rate_at(epoch / 240) == pytest.approx(rate)
+    imagenet = Schedule("imagenet", 100, 0.1)
+    for epoch, rate in ((0, 0.1), (29, 0.1), (30, 0.01), (59, 0.01), (60, 1e-3), (89, 1e-3), (90, 1e-4), (99, 1e-4)):
+        assert imagenet.learning_rate_at(epoch / 100) == pytest.approx(rate)
     fast = Schedule("fast", 10, 0.4)
     rates = [fast.learning_rate_at(t / 100) for t in range(100)]
     peak = rates.index(max(rates))

@@ -114,13 +114,13 @@ def load_model(path: Path, model: nn.Module | None = None) -> tuple[nn.Module, d
             raise ValueError(f"{path} holds a module that build_model does not know: build it and pass it as model=")
         with torch.random.fork_rng(devices=[]):
             model = build_model(about["model"]["name"], about["model"]["classes"], channels=about["model"]["channels"])
-    _check_fit(model, state, path)
+    check_fit(model, state, path)
     model.load_state_dict(state)
     return model.eval(), about["facts"]
 
 
-def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Raise ValueError naming the first entry in which the model and the file differ."""
+def check_fit(model: nn.Module, state: dict[str, Tensor], path: Path | str) -> None:
+    """Raise ValueError naming the first entry in which the model and the state read from `path` differ."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in [*expected, *found]:

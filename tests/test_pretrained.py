@@ -1,0 +1,91 @@
+"""Weights that were trained elsewhere: what is taken, and what is refused in one line."""
+
+import urllib.error
+
+import pytest
+import safetensors.torch
+import torch
+
+from pursuhint_lib.models import build_model, state_hash
+from pursuhint_lib.pretrained import load_weights
+
+
+def network(classes=5, seed=0):
+    torch.manual_seed(seed)
+    return build_model("resnet18", classes)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return network(seed=1)
+
+
+@pytest.mark.parametrize("name", ["theirs.safetensors", "theirs.pth"])
+def test_a_state_dict_below_the_home_or_anywhere_is_taken(home, theirs, name):
+    save = safetensors.torch.save_file if name.endswith("safetensors") else torch.save
+    save(theirs.state_dict(), home / name)
+    for source in (name, str(home / name)):
+        mine = network()
+        assert state_hash(mine) != state_hash(theirs)
+        loaded = load_weights(mine.train(), source)
+        assert loaded is mine and state_hash(mine) == state_hash(theirs) and not mine.training
+
+
+def test_weights_from_before_batch_norm_counted_are_taken(home, theirs):
+    old = {name: tensor for name, tensor in theirs.state_dict().items() if "num_batches_tracked" not in name}
+    torch.save(old, home / "old.pth")
+    assert state_hash(load_weights(network(), "old.pth")) == state_hash(theirs)
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (lambda: network(4).state_dict(), r"fc.weight is \(4, 512\) there, \(5, 512\) in the model"),
+        (lambda: {"state_dict": {}, "epoch": 3}, "is not a state_dict"),
+        (lambda: {"fc.weight": Code()}, "weights alone"),
+        (None, "is not a file of weights"),
+    ],
+)
+def test_what_does_not_fit_or_is_more_than_weights_is_refused(home, content, says, capsys):
+    if content is None:
+        (home / "w.pth").write_bytes(b"no weights")
+    else:
+        torch.save(content(), home / "w.pth")
+    before = state_hash(mine := network())
+    with pytest.raises(ValueError, match=says) as error:
+        load_weights(mine, "w.pth")
+    assert "\n" not in str(error.value) and "w.pth" in str(error.value)
+    assert state_hash(mine) == before and "this ran" not in capsys.readouterr().out
+
+
+def test_unknown_weights_are_answered_with_those_there_are(home):
+    with pytest.raises(FileNotFoundError, match="none.pth are not there"):
+        load_weights(network(), "none.pth")
+    with pytest.raises(ValueError, match="torchvision has IMAGENET1K_V1, DEFAULT of resnet18"):
+        load_weights(network(), "IMAGENET")
+    with pytest.raises(ValueError, match="torchvision has none of resnet20"):
+        load_weights(build_model("resnet20", 5), "IMAGENET1K_V1")
+
+
+def test_torchvisions_weights_are_taken_by_name_and_checked_or_said_to_be_out_of_reach(monkeypatch, theirs):
+    asked = {}
+
+    def download(url, *_, **options):
+        asked.update(options, url=url)
+        return theirs.state_dict()
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    assert state_hash(load_weights(network(), "IMAGENET1K_V1")) == state_hash(theirs)
+    assert "resnet18" in asked["url"] and asked["check_hash"]
+
+    def closed(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", closed)
+    with pytest.raises(FileNotFoundError, match="could not be downloaded from https.*no network.*name it instead"):
+        load_weights(network(), "IMAGENET1K_V1")
