@@ -301,8 +301,8 @@ def training_key(**facts: Any) -> str:
 
 def _code_hash() -> str:
     here = Path(__file__).parent
-    names = ["arms", "controls", "data", "features", "hint_losses", "hints", "learners", "logit_losses", "losses"]
-    names += ["methods", "study", "training"]
+    names = ["arms", "controls", "data", "features", "folders", "hint_losses", "hints", "learners", "logit_losses"]
+    names += ["losses", "methods", "study", "training"]
     files = [here / f"{name}.py" for name in names] + sorted((here / "models").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
