@@ -83,18 +83,30 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-@torch.no_grad()
 def predict(model: nn.Module, batches: Batches, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Logits (N, K) float32 and labels (N,) of epoch 0 of `batches`, in eval mode, on the CPU. The mode is put back."""
-    was_training = model.training
-    model.eval()
-    logits, labels = [], []
+    logits, labels = _predict_all({"": model}, batches, dtype, lambda do, names: [do(name) for name in names])
+    return logits[""], labels
+
+
+def _predict_all(
+    models: Mapping[str, nn.Module], batches: Batches, dtype: torch.dtype, each: Callable[[Callable, Iterable], list]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """As `predict` for several networks, each batch being drawn (or decoded) once. each(do, names): see `_Workers`."""
+    modes = {name: model.training for name, model in models.items()}
+    logits: dict[str, list[Tensor]] = {name: [] for name in models}
+    labels = []
     for batch in batches.epoch(0):
-        with autocast(batch.images.device, dtype):
-            logits.append(model(batch.images).float())
+
+        def look(name: str, batch=batch) -> None:
+            with torch.no_grad(), autocast(batch.images.device, dtype):  # a thread has its own grad mode
+                logits[name].append(models[name].eval()(batch.images).float())
+
+        each(look, models)
         labels.append(batch.labels)
-    model.train(was_training)
-    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+    for name, model in models.items():
+        model.train(modes[name])
+    return {name: torch.cat(rows).cpu() for name, rows in logits.items()}, torch.cat(labels).cpu()
 
 
 def fit(
@@ -170,16 +182,22 @@ def fit(
 
                 pool.each(take_step, active)
 
-            def finish(name: str, epoch=epoch) -> dict[str, Any]:
+            if validation is not None:
+                models = {name: learner.model for name, learner in active.items()}
+                logits, labels = _predict_all(models, validation, dtype, pool.each)
+            rows = []
+            for name, learner in active.items():
                 row = {
                     "arm": name,
                     "seed": batches.seed,
                     "epoch": epoch + 1,
                     "learning_rate": schedule.learning_rate_at(epoch / schedule.epochs),
                 }
-                return row | _row(means[name], validation, active[name], dtype)
-
-            rows = pool.each(finish, active)
+                row |= means[name].row() | _status(learner, means[name])
+                if validation is not None:
+                    row["val_accuracy"] = float((logits[name].argmax(1) == labels).double().mean())
+                    row["val_loss"] = float(nn.functional.cross_entropy(logits[name].double(), labels))
+                rows.append(row)
             seconds = time.perf_counter() - started
             for row in rows:
                 row |= {"seconds": seconds, "finished": time.time()}
@@ -337,17 +355,9 @@ class _Means:
         return row | {f"gradient_share_{name}": share for name, share in self.gradient_shares.items()}
 
 
-def _row(means: _Means, validation: Batches | None, learner: Learner, dtype: torch.dtype) -> dict[str, Any]:
-    row = means.row()
-    reason = learner.silent or ("" if math.isfinite(row["loss"]) else "the loss was no longer finite")
-    row["status"] = "failed" if reason else "trained"
-    if reason:
-        row["reason"] = reason
-    if validation is not None:
-        logits, labels = predict(learner.model, validation, dtype)
-        row["val_accuracy"] = float((logits.argmax(1) == labels).double().mean())
-        row["val_loss"] = float(nn.functional.cross_entropy(logits.double(), labels))
-    return row
+def _status(learner: Learner, means: _Means) -> dict[str, str]:
+    reason = learner.silent or ("" if math.isfinite(means.row()["loss"]) else "the loss was no longer finite")
+    return {"status": "failed", "reason": reason} if reason else {"status": "trained"}
 
 
 def _save_checkpoint(path: Path, state: dict, learners: Mapping[str, Learner], optimizers: Mapping[str, Any]) -> None:
