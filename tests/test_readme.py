@@ -7,7 +7,10 @@ import sys
 import pytest
 import torch
 
-from pursuhint_lib.data import Batch
+from pursuhint_lib.arms import parse_method
+from pursuhint_lib.data import Batch, Batches, ImageSet
+from pursuhint_lib.logit_losses import LOGIT_LOSSES
+from pursuhint_lib.methods import METHODS
 from pursuhint_lib.models import build_model, state_hash
 from pursuhint_lib.storage import REPOSITORY
 
@@ -17,19 +20,36 @@ import readme as readme_tool
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_first_minute_gives_hint_points_and_leaves_the_model_as_it_was():
-    (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_first_minute_gives_hint_points_then_a_student_and_leaves_the_model_as_it_was():
+    lines, distil = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     torch.manual_seed(0)
     model = build_model("resnet20", 10)
     batches = [Batch(torch.randn(40, 3, 16, 16), torch.zeros(40), torch.arange(40)) for _ in range(3)]
-    before, was_training = state_hash(model), model.training
+    teacher_before, was_training = state_hash(model), model.training
     names = {"model": model, "batches": batches}
     exec(lines, names)
     assert len(names["hints"].hint_points_) == 3 and set(names["hints"].hint_points_) <= set(
         dict(model.named_modules())
     )
-    assert state_hash(model) == before and model.training == was_training
+    assert state_hash(model) == teacher_before and model.training == was_training
     assert not any(module._forward_hooks for module in model.modules())
+
+    student = build_model("resnet8", 10)
+    before = state_hash(student)
+    images = ImageSet(torch.randint(256, (50, 3, 16, 16), dtype=torch.uint8), torch.arange(50) % 10, list("abcdefghij"))
+    batches = Batches(images, 25, mean=[0.5] * 3, std=[0.25] * 3, shuffle=True)
+    names |= {"student": student, "batches": batches, "image_shape": (3, 16, 16)}
+    exec(distil.replace("epochs=30", "epochs=2"), names)
+    history = names["history"]
+    assert history["status"].tolist() == ["trained"] * 2 and history["at"].notna().all()
+    assert state_hash(student) != before and state_hash(model) == teacher_before
+
+
+def test_every_method_is_named():
+    for name in [*METHODS, *(name for name in LOGIT_LOSSES if not name.endswith("_std"))]:
+        assert f"`{name}`" in README, name
+    for written in ("wsld+at", "dkd", "at+crd@last"):
+        assert f"`{written}`" in README and parse_method(written)
 
 
 def test_every_make_target_that_is_named_exists():
