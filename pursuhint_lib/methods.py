@@ -5,7 +5,6 @@ published weights belong to, are with the losses. "The benchmark" is the field's
 To add a method: a loss in `hint_losses`, a class here, a line in METHODS, a test.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -113,7 +112,10 @@ class FitNet(HintMethod):
 class VariationalInformation(HintMethod):
     """VID: the teacher's feature should be likely under a Gaussian around an image of the student's.
 
-    The regressor is three 1x1 convolutions with ReLUs between them. A variance per channel is learned, from 5 on.
+    The regressor is three 1x1 convolutions with ReLUs between them. A variance per channel is learned. It starts at the
+    mean square of the teacher's channel in the first batch, which is what a regressor that knows nothing leaves. (The
+    benchmark starts at 5. Where features are smaller, the hint then grows far louder as the variance falls to their
+    scale, and with a weight that was balanced at the first steps the training diverges.)
     """
 
     published_weight = 1.0
@@ -128,11 +130,21 @@ class VariationalInformation(HintMethod):
             nn.ReLU(),
             nn.Conv2d(channels, channels, kernel_size=1, bias=False),
         )
-        self.raw_variance = nn.Parameter(torch.full((channels,), math.log(math.expm1(5 - 1e-5))))  # see `vid_loss`
+        self.raw_variance = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("started", torch.tensor(False))
 
     def forward(self, student_feature: Tensor, teacher_feature: Tensor, batch: Batch) -> Tensor:
         student_feature, teacher_feature = match_size(student_feature, teacher_feature)
+        if self.training and not self.started:
+            self._start(teacher_feature)
         return vid_loss(self.regressor(student_feature), teacher_feature, self.raw_variance)
+
+
+    @torch.no_grad()
+    def _start(self, feature: Tensor) -> None:
+        variance = feature.float().square().mean(dim=(0, 2, 3)).clamp(min=1e-4)  # a dead channel has to start somewhere
+        self.raw_variance.copy_(variance + (-torch.expm1(-variance)).log())  # softplus gives the variance back
+        self.started.fill_(True)
 
 
 # ---- SP ----

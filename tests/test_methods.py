@@ -300,9 +300,17 @@ def test_sp_compares_the_maps_as_they_are():
     assert float(term(build("sp"), student, student.mean((2, 3), keepdim=True))) > 1e-3
 
 
-def test_vid_starts_at_a_variance_of_five():
+def test_vid_starts_at_the_mean_square_of_each_of_the_teachers_channels_in_the_first_batch():
     method = build("vid")
-    assert torch.allclose(F.softplus(method.raw_variance) + 1e-5, torch.full((5,), 5.0))
+    student, teacher = features(teacher=(5, 6, 6))
+    teacher = teacher * torch.tensor([0.0, 0.01, 1.0, 3.0, 50.0]).view(-1, 1, 1)
+    method.eval()(student, teacher, BATCH)
+    assert not method.started and not method.raw_variance.any()
+    method.train()(student, teacher, BATCH)
+    expected = teacher.square().mean(dim=(0, 2, 3)).clamp(min=1e-4)
+    assert torch.allclose(F.softplus(method.raw_variance), expected, rtol=1e-4)
+    method(student, 2 * teacher, BATCH)
+    assert torch.allclose(F.softplus(method.raw_variance), expected, rtol=1e-4)  # in the first batch alone
     assert [type(layer) for layer in method.regressor] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d]
 
 
