@@ -36,7 +36,7 @@ reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA)
 	@exec .venv/bin/python -m pursuhint_lib.pipeline reproduce "$(STUDY)" $(if $(filter-out 0 no false,$(FORCE)),--force)
 
 test: ready ## run every test
-	@exec .venv/bin/python -m pytest $(ARGS)
+	@exec .venv/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lab: ready ## open the notebooks in JupyterLab
 	@JUPYTER_PREFER_ENV_PATH=1 JUPYTER_PATH="$(CURDIR)/.venv/share/jupyter" exec .venv/bin/python -m jupyterlab \
