@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torchdistill.core.distillation import get_distillation_box
 
+from pursuhint_lib import training
 from pursuhint_lib.arms import Distillation, study_arms
 from pursuhint_lib.data import ImageSet, channel_stats
 from pursuhint_lib.evaluation import accuracy, paired_interval, verdict
@@ -46,7 +47,7 @@ CORES = hardware()["cores"]
 TOGETHER = [(1, CORES), (2, max(1, CORES // 2))]  # workers, threads of each
 WEIGHTS = {"at": 1000.0, "fitnet": 100.0}
 LEARNING_RATE = 0.01
-LINES: dict[str, list[str]] = {"lockstep": [], "accuracy": [], "peer": [], "gpu": []}
+LINES: dict[str, list[str]] = {"lockstep": [], "shares": [], "accuracy": [], "peer": [], "gpu": []}
 
 
 @pytest.fixture(autouse=True)
@@ -126,19 +127,26 @@ class Prepared:
         return iter([self.first] if epoch == 0 else self.timed)
 
 
-def fit_seconds(distillation, arms, batches, dtype, workers=1):
-    """Seconds of the second epoch of `fit`, and the first epoch's mean loss of each arm."""
+def fit_seconds(distillation, arms, batches, dtype, workers=1, shares=False):
+    """Seconds of the second epoch of `fit`, and the first epoch's mean loss of each arm.
+
+    shares: with the shares of the gradient. They take some backward passes at the first step of an epoch: one step of
+    hundreds in a study, but of a few here, so that they are timed by themselves.
+    """
     learners = {arm.name: distillation.learner(arm, 0) for arm in arms}
     finished = []
-    history = fit(
-        learners,
-        batches,
-        Schedule("paper", 2, LEARNING_RATE),
-        teacher=distillation.teacher,
-        on_epoch=lambda epoch, rows: finished.append(time.perf_counter()),
-        dtype=dtype,
-        workers=workers,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        if not shares:
+            patch.setattr(training, "shares_of_gradient", lambda learner, terms: {})
+        history = fit(
+            learners,
+            batches,
+            Schedule("paper", 2, LEARNING_RATE),
+            teacher=distillation.teacher,
+            on_epoch=lambda epoch, rows: finished.append(time.perf_counter()),
+            dtype=dtype,
+            workers=workers,
+        )
     assert (history["status"] == "trained").all()  # a failed arm would be left out of the second epoch
     first = history[history["epoch"] == 1].set_index("arm")["loss"]
     return finished[1] - finished[0], first
@@ -252,6 +260,14 @@ def test_eight_arms_in_lockstep_against_eight_runs_of_the_plain_loop(names):
             else:
                 seconds = plain_seconds(runs.values(), plain_batches[1 : 1 + PLAIN_STEPS], workers)
                 rates.append(len(runs) * PLAIN_STEPS * BATCH / seconds)
+
+    torch.set_num_threads(CORES)
+    without, with_shares = (
+        min(fit_seconds(distillation, arms, batches, auto, shares=shares)[0] for _ in range(2))
+        for shares in (False, True)
+    )
+    an_epoch = without / STEPS * CIFAR_IMAGES / BATCH
+    LINES["shares"].append(f"{' -> '.join(names)}: {100 * (with_shares - without) / an_epoch:.1f} %.")
 
     plain = next(iter(rivals.values()))
     for (kind, dtype, workers, threads), rates in rivals.items():
@@ -481,6 +497,10 @@ def test_write_the_table():
         "| networks | how | precision | workers x threads | images per second | ratio | range of the rounds |",
         "|---|---|---|---|---|---|---|",
         *LINES["lockstep"],
+        "",
+        "Once an epoch `fit` also measures every term's share of the gradient, which is not in the table. It costs, of an",
+        f"epoch of {CIFAR_IMAGES:,} images:",
+        *LINES["shares"],
         "",
         "## Accuracy in bfloat16 and in float32",
         "",
