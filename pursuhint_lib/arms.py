@@ -24,7 +24,7 @@ from pursuhint_lib.controls import ControlTeacher
 from pursuhint_lib.data import Batches
 from pursuhint_lib.features import FrozenTeacher
 from pursuhint_lib.hints import HintPair, HintPoints, pair_layers
-from pursuhint_lib.learners import Distilled, Hint, SilentHint, balance_hints, feature_key
+from pursuhint_lib.learners import Distilled, Hint, SilentHint, balance_hints, check_hints, feature_key
 from pursuhint_lib.logit_losses import LOGIT_LOSSES
 from pursuhint_lib.methods import METHODS
 from pursuhint_lib.models import load_model, save_model, state_hash
@@ -220,12 +220,15 @@ class Distillation:
             labels=self.images.train.labels,
             seed=seed,
         ).to(self.device, memory_format=torch.channels_last)
-        if arm.hints and self.params.balance == "gradient":
+        if arm.hints:
             first = list(itertools.islice(self.batches(seed).epoch(0), 4))
             with autocast(self.device, self.dtype):
                 observations = [self.teacher.observe(batch.images, layers=learner.teacher_layers) for batch in first]
                 try:
-                    balance_hints(learner, first, observations, self.params.hint_share)
+                    if self.params.balance == "gradient":
+                        balance_hints(learner, first, observations, self.params.hint_share)
+                    else:
+                        check_hints(learner, first, observations)
                 except SilentHint as silent:
                     learner.silent = str(silent)
         return learner

@@ -275,9 +275,11 @@ def blank_image(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block, without autograd and compiled code.
 
-    Afterwards every module has its own mode again, also in a half-frozen model, and random numbers go on as before.
+    Afterwards every module has its own mode and every buffer its own value again, also in a half-frozen model, and
+    random numbers go on as before.
     """
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # eval mode does not stop a module that counts
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices), _uncompiled(_is_compiled(model.modules())):
         for module, _ in modes:
@@ -287,6 +289,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def _is_compiled(modules: Iterable[nn.Module]) -> bool:

@@ -22,8 +22,9 @@ def vid_loss(prediction: Tensor, target: Tensor, raw_variance: Tensor) -> Tensor
     """Variational information: how unlikely the target is under a Gaussian around the prediction; may be negative.
 
     Mean over all entries of ((prediction - target)^2 / v + ln v) / 2, where v = softplus(raw_variance) + 1e-5 is
-    learned, one per channel. prediction, target: (B, C, H, W) or (B, C), raw_variance: (C,).
-    Ahn et al. 2019 (arXiv 1904.05835), without the constant ln(2 pi) / 2. torch's softplus cannot overflow as the benchmark's literal ln(1 + exp(.)) does.
+    learned, one per channel. prediction, target: (B, C, H, W) or (B, C), raw_variance: (C,). Ahn et al. 2019
+    (arXiv 1904.05835), without the constant ln(2 pi) / 2. torch's softplus cannot overflow as the benchmark's literal
+    ln(1 + exp(.)) does.
     """
     variance = _per_channel(F.softplus(raw_variance) + 1e-5, target)
     return ((prediction - target).square() / variance + variance.log()).mean() / 2

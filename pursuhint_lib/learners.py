@@ -7,6 +7,7 @@ loop knows nothing else of a method.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,9 @@ class Hint:
             )
 
 
+ROUNDING = 1e-6  # a gradient whose norm is a smaller part of its own term is what rounding leaves of none
+
+
 class SilentHint(ValueError):
     """A hint that gives the student no gradient: its arm would be a null result by construction."""
 
@@ -100,7 +104,7 @@ class Distilled(nn.Module):
     `step` counts the calls of `losses` and is part of the state, too; without such a hint it is None.
 
     `teacher_layers` names the features that `losses` needs of the observation, see `feature_key`. `silent` says, if it
-    is not empty, why this learner is not worth training (see `balance_hints`).
+    is not empty, why this learner is not worth training (see `check_hints`).
 
     Raises ValueError for an unknown method or logit loss, for a pair whose layer is in neither table, and for a redrawn
     hint of a method that joins all its pairs.
@@ -253,38 +257,67 @@ class Distilled(nn.Module):
             self._extract.close()
 
 
+def check_hints(learner: Distilled, batches: Sequence[Batch], observations: Sequence[Observation]) -> None:
+    """Raise SilentHint when a pair, on these batches, gives the student no gradient or one that is not finite. Redrawn
+    hints are checked for all candidate pairs, methods with a warm-up or a pre-stage as in their main phase. The
+    learner is left as it was.
+    """
+    _first_gradients(learner, batches, observations)
+
+
 def balance_hints(
     learner: Distilled, batches: Sequence[Batch], observations: Sequence[Observation], share: float
 ) -> Tensor:
-    """Set `learner.hint_weights` so that every pair starts with the same share of the gradient. Returns the weights
-    (pairs,).
+    """Set `learner.hint_weights` so that all hints together start with `share` times the gradient of the other terms,
+    every hint and every pair of a hint with the same part of it. Returns the weights (pairs,).
 
-    The gradient of the weighted terms of labels and logits, and that of each pair's hint, are taken with respect to the
-    student's parameters on the given batches before any step; with root-mean-square norms g and h_j over the batches,
-    weight_j = share / (number of hints) / (number of the hint's pairs that teach at one step) * g / h_j. Without this,
-    a mean-reduced loss weighs an 8x8 map 16 times a 32x32 one, and where a hint is taken could not be told from how
-    loudly it is heard. Redrawn hints are weighed for all candidate pairs, and nothing is drawn; methods with a warm-up
+    Gradients are taken with respect to the student's parameters on the given batches before any step; norms are
+    root mean squares over the batches. With g that of the weighted terms of labels and logits and h_j that of pair j,
+    weight_j is at first g / h_j / (number of hints) / (number of the hint's pairs that teach at one step); then all
+    weights are multiplied by what makes the norm of the hints' sum share * g, as gradients of several pairs partly
+    cancel. Without this, a mean-reduced loss weighs an 8x8 map 16 times a 32x32 one, more pairs would not be heard as
+    much as one, and where a hint is taken could not be told from how loudly it is heard. Redrawn hints are weighed for
+    all candidate pairs, and their sum over the first draws, which the training will draw again. Methods with a warm-up
     or a pre-stage are weighed as in their main phase. The learner's weights, buffers and step are left as they were.
 
-    Raises SilentHint when a hint has no gradient.
+    Raises SilentHint as `check_hints` does.
     """
+    base, hints = _first_gradients(learner, batches, observations)
+    shares = [1 / len(learner.hints) / (hint.redrawn or len(hint.pairs)) for hint in learner.hints for _ in hint.pairs]
+    weights = torch.tensor([own * base / norm for own, norm in zip(shares, hints, strict=True)])
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
-    base_square, hint_squares = 0.0, [0.0] * len(learner.pairs)
+    squares = []
+    with _buffers_kept(learner):
+        for batch, observation in zip(batches, observations, strict=True):
+            teaching = learner._draw()  # all, unless redrawn
+            _, _, _, terms = learner._terms(batch, observation, teaching)
+            squares.append(_square_norm(sum(float(weights[n]) * terms[n] for n in teaching), parameters))
+    total = (sum(squares) / len(squares)) ** 0.5
+    if not total > 0:
+        raise SilentHint("the gradients of the hints cancel")
+    learner.hint_weights.copy_(weights * share * base / total)
+    return learner.hint_weights
+
+
+def _first_gradients(
+    learner: Distilled, batches: Sequence[Batch], observations: Sequence[Observation]
+) -> tuple[float, list[float]]:
+    """Norms of the gradient, root mean square over the batches: of labels and logits, and of each pair's own term."""
+    parameters = [p for p in learner.model.parameters() if p.requires_grad]
+    base, squares, sizes = 0.0, [0.0] * len(learner.pairs), [0.0] * len(learner.pairs)
     with _buffers_kept(learner):
         for batch, observation in zip(batches, observations, strict=True):
             _, cls, logit_term, hints = learner._terms(batch, observation, range(len(learner.pairs)))
-            base_square += _square_norm(learner.ce_weight * cls + learner.logit_weight * logit_term, parameters)
+            base += _square_norm(learner.ce_weight * cls + learner.logit_weight * logit_term, parameters)
             for number, hint in hints.items():
-                hint_squares[number] += _square_norm(hint, parameters)
-    for name, square in zip(_pair_names(learner), hint_squares, strict=True):
-        if not square > 0:
+                squares[number] += _square_norm(hint, parameters)
+                sizes[number] += float(hint.detach()) ** 2
+    for name, square, size in zip(_pair_names(learner), squares, sizes, strict=True):
+        if not math.isfinite(square):
+            raise SilentHint(f"the gradient of the hint {name} is not finite")
+        if square <= ROUNDING**2 * size:
             raise SilentHint(f"the hint {name} gives the student no gradient")
-    shares = [
-        share / len(learner.hints) / (hint.redrawn or len(hint.pairs)) for hint in learner.hints for _ in hint.pairs
-    ]
-    weights = [own * (base_square / square) ** 0.5 for own, square in zip(shares, hint_squares, strict=True)]
-    learner.hint_weights.copy_(torch.tensor(weights))
-    return learner.hint_weights
+    return (base / len(batches)) ** 0.5, [(square / len(batches)) ** 0.5 for square in squares]
 
 
 def gradient_norms(learner: Distilled, batch: Batch, observation: Observation) -> dict[str, float]:
@@ -307,11 +340,15 @@ def gradient_norms(learner: Distilled, batch: Batch, observation: Observation) -
 def shares_of_gradient(learner: nn.Module, terms: dict[str, Tensor]) -> dict[str, float]:
     """The norm of each weighted term's gradient with respect to the student's parameters, over the sum of all norms.
 
-    terms: what `losses` returned; its graph is kept. Keys: the terms' names; none, if no term is weighted.
+    terms: what `losses` returned; its graph is kept. A gradient that is mere rounding counts as none. Keys: the terms'
+    names; none, if no term is weighted.
     """
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     weighted = {name.removeprefix("weighted_"): term for name, term in terms.items() if name.startswith("weighted_")}
     norms = {name: _square_norm(term, parameters) ** 0.5 for name, term in weighted.items()}
+    norms = {
+        name: 0.0 if norm <= ROUNDING * abs(float(weighted[name].detach())) else norm for name, norm in norms.items()
+    }
     total = sum(norms.values())
     return {name: norm / total if total else 0.0 for name, norm in norms.items()}
 
@@ -321,9 +358,11 @@ def _buffers_kept(learner: Distilled) -> Iterator[None]:
     """In train mode inside the block; after it, every buffer is as it was."""
     buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
     learner.train()
-    yield
-    for name, buffer in learner.named_buffers():
-        buffer.copy_(buffers[name])
+    try:
+        yield
+    finally:
+        for name, buffer in learner.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 def _pair_names(learner: Distilled) -> list[str]:

@@ -88,6 +88,7 @@ def match_size(student_feature: Tensor, teacher_feature: Tensor) -> tuple[Tensor
     return _shrink(student_feature, size), _shrink(teacher_feature, size)
 
 
+@in_float32
 def _shrink(feature: Tensor, size: tuple[int, int]) -> Tensor:
     return feature if feature.shape[2:] == size else F.adaptive_avg_pool2d(feature, size)
 

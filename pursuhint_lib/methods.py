@@ -139,7 +139,6 @@ class VariationalInformation(HintMethod):
             self._start(teacher_feature)
         return vid_loss(self.regressor(student_feature), teacher_feature, self.raw_variance)
 
-
     @torch.no_grad()
     def _start(self, feature: Tensor) -> None:
         variance = feature.float().square().mean(dim=(0, 2, 3)).clamp(min=1e-4)  # a dead channel has to start somewhere

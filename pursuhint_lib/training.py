@@ -125,14 +125,16 @@ def fit(
 
     Columns: arm, seed (of `batches`), epoch (from 1), learning_rate (of the epoch's first step), loss and every term,
     unweighted (means over the images of those steps that had it), loss_share_<term> (what it adds to the loss, over the
-    loss), gradient_share_<term> (the norm of its gradient over the sum of all terms', at the epoch's first step),
+    sum of what all add, signs aside), gradient_share_<term> (the norm of its gradient over the sum of all terms', at
+    the epoch's first step, and again when a term joins later in the epoch),
     val_accuracy, val_loss (after the epoch), status ("trained" or "failed"), reason (of a failure), seconds (of the
     whole group), finished (UNIX time). All learners end in eval mode.
 
     checkpoint: a file that is rewritten after each epoch and taken up by the next call with the same learners, or with
     some of them; it is removed by the caller, when the results are safe. on_epoch(epoch, rows) is called after each
-    epoch. A learner fails whose loss is not finite, or of which a term is zero or gives the student no gradient when an
-    epoch begins: it is stopped (for a loss that is not finite, at the end of that epoch), and the others go on.
+    epoch. A learner fails whose loss (in training or on validation) is not finite, or of which a term is zero or gives
+    the student no gradient where its share is taken: it is stopped (for a loss that is not finite, at the end of that
+    epoch), and the others go on.
     Dropout masks and the like depend on (seed, step) alone; the global random generator is put back at the end.
     workers: on a CPU, so many learners take their step at the same time, each in a thread of its own, while the teacher
     looks at the next batch. It changes no bit, and pays for networks too small to keep several cores busy alone.
@@ -165,17 +167,18 @@ def fit(
                 progress = (epoch + step / len(batches)) / schedule.epochs
                 seed = batches.seed * 1_000_003 + epoch * len(batches) + step
 
-                def take_step(
-                    name: str, batch=batch, observation=observation, first=not step, progress=progress, seed=seed
-                ) -> None:
+                def take_step(name: str, batch=batch, observation=observation, progress=progress, seed=seed) -> None:
                     learner = active[name]
                     if learner.silent:
                         return
                     _seed_dropout(device, seed)
                     with autocast(device, dtype):
                         terms = learner.losses(batch, observation, progress)
-                    if first:
-                        means[name].gradient_shares = shares = shares_of_gradient(learner, terms)
+                    if not _weighted(terms) <= set(
+                        means[name].gradient_shares
+                    ):  # first step, or a term that joins later
+                        shares = shares_of_gradient(learner, terms)
+                        means[name].gradient_shares |= shares
                         learner.silent = _silent(terms, shares)
                     _step(optimizers[name], terms["loss"], schedule.learning_rate_at(progress))
                     means[name].add(terms, len(batch.labels))
@@ -193,11 +196,11 @@ def fit(
                     "epoch": epoch + 1,
                     "learning_rate": schedule.learning_rate_at(epoch / schedule.epochs),
                 }
-                row |= means[name].row() | _status(learner, means[name])
+                row |= means[name].row()
                 if validation is not None:
                     row["val_accuracy"] = float((logits[name].argmax(1) == labels).double().mean())
                     row["val_loss"] = float(nn.functional.cross_entropy(logits[name].double(), labels))
-                rows.append(row)
+                rows.append(row | _status(learner, row))
             seconds = time.perf_counter() - started
             for row in rows:
                 row |= {"seconds": seconds, "finished": time.time()}
@@ -319,6 +322,10 @@ def _step(optimizer: torch.optim.SGD, loss: Tensor, rate: float) -> None:
     optimizer.step()
 
 
+def _weighted(terms: Mapping[str, Tensor]) -> set[str]:
+    return {name.removeprefix("weighted_") for name in terms if name.startswith("weighted_")}
+
+
 def _silent(terms: Mapping[str, Tensor], gradient_shares: Mapping[str, float]) -> str:
     """Which term of the loss teaches nothing, in words; empty when there is none, or when the loss is not finite."""
     if not bool(terms["loss"].isfinite()):
@@ -346,17 +353,21 @@ class _Means:
     def row(self) -> dict[str, float]:
         """The terms' columns of a history."""
         means = {name: float(total) / self._images[name] for name, total in self._sums.items()}
-        images = self._images.get("loss", 0)
         row = {name: mean for name, mean in means.items() if not name.startswith("weighted_")}
-        for name in means:
-            if name.startswith("weighted_"):
-                part = float(self._sums[name]) / images
-                row[name.replace("weighted_", "loss_share_", 1)] = part / means["loss"] if means["loss"] else 0.0
+        parts = {name.removeprefix("weighted_"): float(self._sums[name]) for name in self._sums if _is_part(name)}
+        whole = sum(map(abs, parts.values()))
+        row |= {f"loss_share_{name}": part / whole if whole else 0.0 for name, part in parts.items()}
         return row | {f"gradient_share_{name}": share for name, share in self.gradient_shares.items()}
 
 
-def _status(learner: Learner, means: _Means) -> dict[str, str]:
-    reason = learner.silent or ("" if math.isfinite(means.row()["loss"]) else "the loss was no longer finite")
+def _is_part(name: str) -> bool:
+    """Whether the loss is a sum of this and others."""
+    return name.startswith("weighted_") or name.endswith("_preparation")
+
+
+def _status(learner: Learner, row: Mapping[str, Any]) -> dict[str, str]:
+    finite = all(math.isfinite(row[loss]) for loss in ("loss", "val_loss") if loss in row)
+    reason = learner.silent or ("" if finite else "the loss was no longer finite")
     return {"status": "failed", "reason": reason} if reason else {"status": "trained"}
 
 

@@ -11,7 +11,18 @@ from pursuhint_lib.data import Batch
 from pursuhint_lib.features import FeatureExtractor, FrozenTeacher, Observation, layer_table
 from pursuhint_lib.hint_losses import sp_loss
 from pursuhint_lib.hints import HintPair
-from pursuhint_lib.learners import Distilled, Hint, Supervised, balance_hints, feature_key, gradient_norms, seeded
+from pursuhint_lib.learners import (
+    Distilled,
+    Hint,
+    SilentHint,
+    Supervised,
+    balance_hints,
+    check_hints,
+    feature_key,
+    gradient_norms,
+    seeded,
+    shares_of_gradient,
+)
 from pursuhint_lib.logit_losses import LOGIT_LOSSES, dist_loss, dkd_loss, standardize_logits, wsld_loss
 from pursuhint_lib.losses import at_loss, cls_loss, hint_mse, kd_loss
 from pursuhint_lib.models import state_hash
@@ -121,7 +132,7 @@ def norm_of(learner, term):
     return sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5
 
 
-def test_balanced_pairs_have_equal_gradients_that_sum_to_the_share_of_the_others():
+def test_balanced_pairs_have_equal_gradients_and_together_the_share_of_the_others():
     student, _, tables, batch, seen = scene()
     learner = distilled(student, tables, [Hint("at", CROSSED, 1.0)])
     before = {name: value.clone() for name, value in learner.state_dict().items()}
@@ -130,8 +141,11 @@ def test_balanced_pairs_have_equal_gradients_that_sum_to_the_share_of_the_others
     assert all(torch.equal(before[name], after[name]) for name in before if name != "hint_weights")
     _, cls, kd, hints = learner._terms(batch, seen, range(2))
     base = norm_of(learner, 0.3 * cls + 0.7 * kd)
-    for number, weight in enumerate(weights):
-        assert norm_of(learner, weight * hints[number]) == pytest.approx(0.8 / 2 * base, rel=1e-4)
+    assert norm_of(learner, sum(weight * hints[number] for number, weight in enumerate(weights))) == pytest.approx(
+        0.8 * base, rel=1e-4
+    )
+    single = [norm_of(learner, weight * hints[number]) for number, weight in enumerate(weights)]
+    assert single[0] == pytest.approx(single[1], rel=1e-4) and sum(single) > 0.8 * base  # they partly cancel
     before = {name: value.clone() for name, value in learner.state_dict().items()}
     heard = gradient_norms(learner, batch, seen)
     assert heard["first -> second"] == pytest.approx(heard["second -> first"], rel=1e-4)
@@ -168,6 +182,36 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_students_learned_from_it(
     assert state_hash(frozen.model) == before
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held.isdisjoint(id(p) for p in frozen.model.parameters())
+
+
+def test_balancing_looks_at_all_batches_that_it_is_given():
+    student, frozen, tables, batch, seen = scene()
+    other = Batch(3 * batch.images.flip(0) + 1, batch.labels, batch.index)
+    batches, observations = [batch, other], [seen, frozen.observe(other.images)]
+    weights = [
+        balance_hints(distilled(student, tables, [Hint("at", CROSSED, 1.0)]), batches[:n], observations[:n], 0.5)
+        for n in (1, 2)
+    ]
+    assert not torch.allclose(*weights, rtol=1e-2)
+
+
+def test_a_gradient_that_is_only_rounding_is_none():
+    student, _, tables, batch, seen = scene()
+    student.second.append(nn.AdaptiveAvgPool2d(1))  # a map of one pixel: NST then has nothing to say
+    tables["student_table"] = layer_table(student, ["first", "second"], SHAPE)
+    learner = distilled(student, tables, [Hint("nst", [HintPair("first", "second")], 1.0)])
+    for look in (lambda: balance_hints(learner, [batch], [seen], 0.5), lambda: check_hints(learner, [batch], [seen])):
+        with pytest.raises(SilentHint, match="first -> second gives the student no gradient"):
+            look()
+    assert shares_of_gradient(learner, learner.losses(batch, seen))["nst"] == 0
+
+
+def test_a_hint_that_is_not_finite_is_told_from_one_that_is_silent():
+    student, _, tables, batch, seen = scene()
+    learner = distilled(student, tables, [Hint("fitnet", CROSSED, 1.0)])
+    nn.init.constant_(learner.adapters[1].regressor[0].weight, float("nan"))
+    with pytest.raises(SilentHint, match="the gradient of the hint second -> first is not finite"):
+        balance_hints(learner, [batch], [seen], share=0.5)
 
 
 # ---- Hints of other sources ----
@@ -298,9 +342,10 @@ def test_balanced_redrawn_pairs_have_the_share_of_those_that_teach_at_one_time_a
     assert all(torch.equal(before[name], after[name]) for name in before if name != "hint_weights")
     _, cls, kd, _ = learner._terms(batch, seen, [])
     base = norm_of(learner, 0.3 * cls + 0.7 * kd)
-    expected = {f"{layer} -> {point}": 0.8 / 2 * base for layer in POOL for point in POINTS}
-    assert {name: heard[name] for name in expected} == pytest.approx(expected, rel=1e-3)
-    assert set(heard) == set(expected) | {"cls", "kd"}
+    names = [f"{layer} -> {point}" for layer in POOL for point in POINTS]
+    assert [heard[name] for name in names] == pytest.approx([heard[names[0]]] * 8, rel=1e-3)
+    assert set(heard) == {*names, "cls", "kd"}
+    assert norm_of(learner, learner.losses(batch, seen)["weighted_fitnet"]) == pytest.approx(0.8 * base, rel=1e-3)
 
 
 def test_adapters_that_rest_have_a_gradient_of_zero_so_that_the_optimizer_can_step_all_of_them():
@@ -392,7 +437,9 @@ def test_hints_of_several_methods_are_balanced_to_the_same_share_whatever_their_
     assert list(heard) == ["cls", "kd", *names]
     _, cls, kd, _ = learner._terms(batch, seen, [])
     base = norm_of(learner, 0.3 * cls + 0.7 * kd)
-    assert [heard[name] for name in names] == pytest.approx([0.2 * base, 0.2 * base, 0.4 * base], rel=1e-3)
+    assert [heard[name] / heard[names[2]] for name in names] == pytest.approx([0.5, 0.5, 1.0], rel=1e-3)
+    terms = learner.losses(batch, seen)
+    assert norm_of(learner, terms["weighted_at"] + terms["weighted_fitnet"]) == pytest.approx(0.8 * base, rel=1e-3)
 
 
 @pytest.mark.parametrize("method, logit_loss, warmed", [("reviewkd", "kd", "reviewkd"), ("at", "dkd", "dkd")])

@@ -15,7 +15,7 @@ from pursuhint_lib.learners import Distilled, Hint, Supervised, seeded
 from pursuhint_lib.logit_losses import LOGIT_LOSSES, LogitLoss
 from pursuhint_lib.losses import at_loss, cls_loss, kd_loss
 from pursuhint_lib.models import state_hash
-from pursuhint_lib.training import Schedule, fit, predict, resolve_device, resolve_precision
+from pursuhint_lib.training import Schedule, _Means, fit, predict, resolve_device, resolve_precision
 
 SHAPE, CLASSES = (1, 6, 6), 3
 SCHEDULE = Schedule("fast", epochs=3, learning_rate=0.05)
@@ -84,7 +84,7 @@ def test_every_term_and_the_validation_of_every_epoch_stand_in_the_history():
     assert history.loc[history["arm"] == "alone", shares].isna().all(axis=None)
     assert at["loss"].iloc[-1] < at["loss"].iloc[0]
     parts = at["loss"] - at["cls"] - at["kd"]
-    assert parts.to_numpy() == pytest.approx((at["loss_share_at"] * at["loss"]).to_numpy(), rel=1e-5)
+    assert parts.to_numpy() == pytest.approx((at["loss_share_at"] * at["loss"]).to_numpy(), rel=1e-5)  # all positive
     for kind in ("loss", "gradient"):
         total = at[[name for name in shares if name.startswith(kind)]].sum(axis="columns")
         assert total.to_numpy() == pytest.approx(1.0, rel=1e-5)
@@ -230,6 +230,67 @@ def test_an_arm_of_which_a_term_teaches_nothing_is_stopped_by_name_and_the_other
     assert failed[["status", "reason", "epoch"]].to_numpy().tolist() == [["failed", reason, 1]]
     assert hashes["fitnet"] == run(arms())[1]["fitnet"]
     assert history.loc[history["arm"] != "at", "reason"].isna().all()
+
+
+def fade(monkeypatch, from_progress, factor):
+    """AT is multiplied with `factor` from this point of the training on."""
+    losses = Distilled.losses
+
+    def fading(self, batch, observation, progress=1.0):
+        terms = losses(self, batch, observation, progress)
+        if "at" in terms and progress >= from_progress:
+            terms["loss"] = terms["loss"] - terms["weighted_at"] * (1 - factor)
+            terms |= {"at": terms["at"] * factor, "weighted_at": terms["weighted_at"] * factor}
+        return terms
+
+    monkeypatch.setattr(Distilled, "losses", fading)
+
+
+def test_a_term_may_fall_silent_in_any_epoch(monkeypatch):
+    fade(monkeypatch, 1 / 3, 0.0)
+    history, _ = run(arms())
+    at = history[history["arm"] == "at"]
+    assert at["status"].tolist() == ["trained", "failed"] and at["reason"].iloc[1] == "the term at is zero"
+    assert (history.loc[history["arm"] != "at", "status"] == "trained").all()
+
+
+def test_a_term_that_joins_within_an_epoch_is_checked_and_has_its_shares(monkeypatch):
+    losses = Distilled.losses
+
+    def late(self, batch, observation, progress=1.0):
+        terms = losses(self, batch, observation, progress)
+        if "at" in terms and progress == 0:
+            terms["loss"] = terms["loss"] - terms["weighted_at"].detach()
+            del terms["at"], terms["weighted_at"]
+        return terms
+
+    monkeypatch.setattr(Distilled, "losses", late)
+    history, _ = run(arms())
+    first = history[(history["arm"] == "at") & (history["epoch"] == 1)].iloc[0]
+    for kind in ("loss", "gradient"):
+        shares = [first[f"{kind}_share_{term}"] for term in ("cls", "kd", "at")]
+        assert min(shares) > 0 and sum(shares) == pytest.approx(1.0, rel=1e-5)
+    fade(monkeypatch, 0.0, 0.0)  # joins, and is zero
+    history, _ = run(arms())
+    assert history.loc[history["arm"] == "at", "reason"].tolist() == ["the term at is zero"]
+
+
+def test_shares_of_the_loss_are_of_what_all_terms_add_signs_aside_and_preparations_count():
+    means = _Means()
+    parts = {"weighted_cls": 0.3, "weighted_vid": -0.8, "ft_preparation": 0.9}
+    terms = {"loss": sum(parts.values()), "logits": 5.0, "cls": 0.3, "vid": -0.8} | parts
+    means.add({name: torch.tensor(value) for name, value in terms.items()}, 16)
+    row = means.row()
+    shares = {name: row[f"loss_share_{name}"] for name in ("cls", "vid", "ft_preparation")}
+    assert shares == pytest.approx({"cls": 0.15, "vid": -0.4, "ft_preparation": 0.45})
+
+
+def test_a_student_that_diverges_in_its_very_last_step_has_failed():
+    schedule = Schedule("paper", 1, 1e38)
+    images = batches(16).image_set
+    one_step = Batches(images, 16, mean=[0.5], std=[0.25], shuffle=True, seed=3)
+    history = fit({"kd": arms()["kd"]}, one_step, schedule, teacher=teacher(), validation=batches(30, shuffle=False))
+    assert history[["status", "reason"]].to_numpy().tolist() == [["failed", "the loss was no longer finite"]]
 
 
 def test_a_term_that_is_zero_is_told_from_one_without_a_gradient():
