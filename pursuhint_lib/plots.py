@@ -120,19 +120,19 @@ def curves(
             banded = True
             ax.fill_between(mean.index, by_epoch.min() * scale, by_epoch.max() * scale, color=color, alpha=0.1, lw=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="epoch", ylabel=label, title=f"mean of {of}; band: all" if banded else "")
+    ax.set(xlabel="epoch", ylabel=label, title=f"mean of {of}; band: their range" if banded else "")
 
 
 def legend_below(figure: Figure) -> None:
-    """One legend for all axes, below them, in as many columns as the width holds."""
+    """One legend for all axes, below them, in as few rows as the width allows."""
     lines = {}
     for ax in figure.axes:
         for line, name in zip(*ax.get_legend_handles_labels()):
             lines.setdefault(name, line)
     size = 7.5
     column = (0.6 * max(map(len, lines)) + 4.5) * size / 72  # inches, with the line's sample
-    columns = max(1, int(figure.get_figwidth() / column))
-    figure.legend(lines.values(), lines, fontsize=size, ncols=columns, loc="outside lower center")
+    rows = -(-len(lines) // max(1, int(figure.get_figwidth() / column)))
+    figure.legend(lines.values(), lines, fontsize=size, ncols=-(-len(lines) // rows), loc="outside lower center")
 
 
 def terms(ax: Axes, history: pd.DataFrame, labels: Mapping[str, str], *, ylabel: str, title: str) -> None:
@@ -275,7 +275,8 @@ def scatter(ax: Axes, table: pd.DataFrame, x: str, y: str, group: str, *, xlabel
             lw=0,
         )
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.legend(fontsize=7.5, bbox_to_anchor=(1.01, 1), loc="upper left")
+    if len(table):
+        ax.legend(fontsize=7.5, bbox_to_anchor=(1.01, 1), loc="upper left")
 
 
 def layer_path(ax: Axes, points: pd.DataFrame, hint_points: Sequence[str], title: str) -> None:

@@ -39,7 +39,7 @@ def test_a_line_of_one_point_can_be_seen(ax):
 
 def test_the_title_says_what_a_line_is_the_mean_of_and_only_where_it_is_a_mean(ax):
     plots.curves(ax, table(2), "loss", "loss", of="hint points and seeds")
-    assert ax.get_title(loc="left") + ax.get_title() == "mean of hint points and seeds; band: all"
+    assert ax.get_title(loc="left") + ax.get_title() == "mean of hint points and seeds; band: their range"
     assert ax.get_ylabel() == "loss" and len(ax.collections) == 2
     ax.clear()
     plots.curves(ax, table(2, seeds=1), "loss", "loss")
@@ -64,3 +64,12 @@ def test_the_legend_below_names_every_line_once_covers_no_axes_and_fits_the_figu
     assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0
     assert not any(ax.get_tightbbox().overlaps(box) for ax in axes) and axes[0].get_window_extent().height > 100
     plt.close(figure)
+
+
+def test_dots_have_a_legend_where_there_are_any(ax, recwarn):
+    dots = table(2).assign(x=0.5)
+    plots.scatter(ax, dots, "x", "loss", "arm", xlabel="x", ylabel="y")
+    assert len(ax.collections) == 2 and ax.get_legend() is not None
+    ax.clear()
+    plots.scatter(ax, dots[:0], "x", "loss", "arm", xlabel="x", ylabel="y")
+    assert ax.get_legend() is None and not recwarn.list

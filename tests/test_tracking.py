@@ -7,11 +7,13 @@ import subprocess
 import sys
 import urllib.parse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from pursuhint_lib import tracking
+from pursuhint_lib.arms import Arm, log_students
 from pursuhint_lib.storage import REPOSITORY, run_folder
 
 
@@ -239,6 +241,18 @@ def test_a_student_of_every_arm_is_logged_under_the_arms_own_name(store):
     for arm in ARMS:  # and is found again
         table = history(arms=(arm,)).assign(**{"loss_share_crd@last": 0.5})
         assert log(run.run_id, table, arm=arm, key="") in set(tracking.run_table("toy", run.stage)["run_id"])
+
+
+def test_arms_with_the_same_students_are_named_in_the_tag_of_the_run_that_trained_them(store):
+    arms = [Arm("kd", "kd", "none"), Arm("wsld+at_a", "wsld+at", "a")]
+    arms += [Arm(f"wsld+at_{name}", "wsld+at", name, same_as="wsld+at_a") for name in ("b", "c")]
+    settings = SimpleNamespace(student="small", teacher="large", epochs=3, seeds=[0])
+    distillation = SimpleNamespace(params=settings, key=lambda arm: arm.name)
+    table = history(arms=("kd", "wsld+at_a"))
+    log_students(tracking.StageRun("toy", "04_distill_students", new_run()), arms, table, distillation)
+    runs = tracking.run_table("toy", "04_distill_students").set_index("arm")["run_id"]
+    tags = {arm: client().get_run(run_id).data.tags["also"] for arm, run_id in runs.items()}
+    assert tags == {"kd": "none", "wsld+at_a": "wsld+at_b, wsld+at_c"}
 
 
 def test_runs_of_dead_processes_are_closed_as_killed_and_living_ones_are_left(store):
