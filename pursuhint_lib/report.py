@@ -70,8 +70,8 @@ FIGURES = (
         "04_distill_students",
         "curves",
         "Training curves",
-        "How training went, epoch by epoch: a line per arm, or per method where there are many arms, is the mean of its "
-        "students, the band spans them all. The last epoch counts, not the best one.",
+        "How training went, epoch by epoch: a line per arm, or per method where there are many arms, is the mean of "
+        "its students, the band spans them all. The last epoch counts, not the best one.",
     ),
     (
         "05_evaluate",
