@@ -498,7 +498,9 @@ def student_table_rows(history: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFra
 
 
 def log_students(run: StageRun, arms: Sequence[Arm], histories: pd.DataFrame, distillation: Distillation) -> None:
-    """A child run in MLflow for every trained student, with what a reader of the compare view groups by."""
+    """A child run in MLflow for every trained student, with what a reader of the compare view groups by. The tag `also`
+    names the arms that are the same as its arm.
+    """
     params = distillation.params
     for arm in arms:
         if not arm.same_as:
@@ -512,9 +514,10 @@ def log_students(run: StageRun, arms: Sequence[Arm], histories: pd.DataFrame, di
                 "hint_points": hint_points or "none",
                 "epochs": params.epochs,
             }
+            tags = {"also": ", ".join(other.name for other in arms if other.same_as == arm.name) or "none"}
             for seed in params.seeds:
                 run.log_trained_model(
-                    arm=arm.name, seed=seed, history=histories, params=facts, key=distillation.key(arm)
+                    arm=arm.name, seed=seed, history=histories, params=facts, key=distillation.key(arm), tags=tags
                 )
 
 

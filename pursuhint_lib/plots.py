@@ -100,37 +100,49 @@ def learning_rates(ax: Axes, rates: Sequence[float]) -> None:
     ax.set(xlabel="training done (%)", ylabel="learning rate", ylim=(0, None), title="Learning rate")
 
 
-def curves(ax: Axes, history: pd.DataFrame, column: str, label: str, *, percent: bool = False) -> None:
-    """`column` against epoch, a line per arm (mean over seeds) with the range of the seeds as a band. An arm has the
-    same color and dashes for every column, those included that it does not have.
+def curves(
+    ax: Axes, history: pd.DataFrame, column: str, label: str, *, percent: bool = False, of: str = "seeds"
+) -> None:
+    """`column` against epoch, a line per arm (the mean) with the range as a band where an epoch has several values;
+    `of` says what they are. An arm has the same color and dashes for every column, those included that it does not
+    have. A line of one point is a dot.
     """
-    scale = 100 if percent else 1
+    scale, banded = 100 if percent else 1, False
     for i, (arm, rows) in enumerate(history.groupby("arm", sort=False)):
         rows = rows.dropna(subset=[column])
         if rows.empty:
             continue
         by_epoch = rows.groupby("epoch")[column]
-        color, dash = COLORS[i % 7], ["-", "--", ":"][i // 7 % 3]
+        color, dash = COLORS[i % 7], ["-", "--", ":", "-."][i // 7 % 4]
         mean = by_epoch.mean() * scale
-        ax.plot(mean.index, mean, color=color, ls=dash, label=arm, lw=1.5)
-        if rows["seed"].nunique() > 1:
+        ax.plot(mean.index, mean, color=color, ls=dash, label=arm, lw=1.5, marker="o" if len(mean) == 1 else "", ms=5)
+        if (by_epoch.size() > 1).any():
+            banded = True
             ax.fill_between(mean.index, by_epoch.min() * scale, by_epoch.max() * scale, color=color, alpha=0.1, lw=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(
-        xlabel="epoch",
-        ylabel=label,
-        title=f"{label} (mean of seeds; band: all seeds)" if history["seed"].nunique() > 1 else label,
-    )
+    ax.set(xlabel="epoch", ylabel=label, title=f"mean of {of}; band: their range" if banded else "")
 
 
-def terms(ax: Axes, history: pd.DataFrame, labels: Mapping[str, str], label: str) -> None:
+def legend_below(figure: Figure) -> None:
+    """One legend for all axes, below them, in as few rows as the width allows."""
+    lines = {}
+    for ax in figure.axes:
+        for line, name in zip(*ax.get_legend_handles_labels()):
+            lines.setdefault(name, line)
+    size = 7.5
+    column = (0.6 * max(map(len, lines)) + 4.5) * size / 72  # inches, with the line's sample
+    rows = -(-len(lines) // max(1, int(figure.get_figwidth() / column)))
+    figure.legend(lines.values(), lines, fontsize=size, ncols=-(-len(lines) // rows), loc="outside lower center")
+
+
+def terms(ax: Axes, history: pd.DataFrame, labels: Mapping[str, str], *, ylabel: str, title: str) -> None:
     """Columns of one student's history against epoch, in %: a line per column that is there, with its label."""
     there = [column for column in labels if column in history]
     for i, column in enumerate(there):
         rows = history.dropna(subset=[column])
         ax.plot(rows["epoch"], 100 * rows[column], color=COLORS[i % 7], marker=".", label=labels[column], lw=1.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="epoch", ylabel=f"{label} (%)", title=label)
+    ax.set(xlabel="epoch", ylabel=ylabel, title=title)
     ax.legend()
 
 
@@ -263,7 +275,8 @@ def scatter(ax: Axes, table: pd.DataFrame, x: str, y: str, group: str, *, xlabel
             lw=0,
         )
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.legend(fontsize=7.5, bbox_to_anchor=(1.01, 1), loc="upper left")
+    if len(table):
+        ax.legend(fontsize=7.5, bbox_to_anchor=(1.01, 1), loc="upper left")
 
 
 def layer_path(ax: Axes, points: pd.DataFrame, hint_points: Sequence[str], title: str) -> None:

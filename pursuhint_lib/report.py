@@ -21,6 +21,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from pursuhint_lib.arms import parse_method
 from pursuhint_lib.evaluation import verdict
 from pursuhint_lib.params import STAGES
 from pursuhint_lib.storage import home, read_json, read_table, report_folder, save_table, written_whole
@@ -69,7 +70,8 @@ FIGURES = (
         "04_distill_students",
         "curves",
         "Training curves",
-        "How training went, epoch by epoch. The last epoch counts, not the best one.",
+        "How training went, epoch by epoch: a line per arm, or per method where there are many arms, is the mean of "
+        "its students, the band spans them all. The last epoch counts, not the best one.",
     ),
     (
         "05_evaluate",
@@ -253,6 +255,7 @@ def _headline(facts: Facts, comparisons: Sequence[Any]) -> dict[str, Any]:
         "kd": rows.get("kd"),
         "best": rows.get(best),
         "gap": facts.teacher["test_accuracy"] - rows["unaided"].test_mean if "unaided" in rows else math.nan,
+        "all_failed": bool(main) and facts.pairs["arm"].str.endswith(main).any(),  # asked where there is no answer
         "answers": answers,
     }
 
@@ -283,6 +286,7 @@ def _setting(facts: Facts) -> dict[str, Any]:
     teachers = unaided["arm"].str.startswith("teacher")  # the other teachers of 01 as well
     repeats = facts.images.get("evaluation_repeats", 1)  # validation and test count each image so many times
     sizes = {name: about["images"] for name, about in facts.images["sets"].items()}
+    distilled = facts.results.loc[facts.results["arm"] != "unaided", "method"]
     return {
         "data": facts.images.get("data", "not recorded"),
         "shape": facts.images["shape"],
@@ -295,6 +299,7 @@ def _setting(facts: Facts) -> dict[str, Any]:
         "seeds": sorted(facts.results["seed"].unique().tolist()),
         "n_hints": sorted({_n_hints(points) for points in facts.hint_points.values()} - {0}),
         "methods": [m for m in dict.fromkeys(facts.results.loc[facts.results["strategy"] != "none", "method"])],
+        "logit_losses": list(dict.fromkeys(parse_method(method).logit_loss for method in distilled)),
     }
 
 
@@ -353,13 +358,13 @@ def _students(facts: Facts) -> list[dict[str, Any]]:
     return [row | {"run": facts.runs.get(f"{row['same_as'] or row['arm']}-s{row['seed']}", "")} for row in rows]
 
 
-def _failed(facts: Facts) -> list[tuple[str, int, str]]:
-    """Arm and seed of students whose training broke off, and why."""
+def _failed(facts: Facts) -> list[tuple[str, int, int, str]]:
+    """Arm and seed of students whose training broke off, in which epoch, and why."""
     history = facts.histories["04_distill_students"]
     if "status" not in history:
         return []
     failed = history[history["status"] == "failed"].drop_duplicates(["arm", "seed"])
-    return list(failed.reindex(columns=["arm", "seed", "reason"]).itertuples(index=False, name=None))
+    return list(failed.reindex(columns=["arm", "seed", "epoch", "reason"]).itertuples(index=False, name=None))
 
 
 # --- Figures and files

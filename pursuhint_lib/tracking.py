@@ -352,14 +352,17 @@ class StageRun:
         key: str = "",
         tags: Mapping[str, Any] | None = None,
     ) -> str | None:
-        """Log one trained model as a finished child run, whole. Returns its run id, None after a warning.
+        """Log one trained model as a child run, whole. Returns its run id, None after a warning.
 
         history: one row per epoch, at least the column epoch; learning_rate, val_accuracy, val_loss and the loss
         terms become metrics, `finished` (UNIX time of an epoch's end) and `seconds` become their times. Rows of other
         arms and seeds, where it has such columns, are left out. key: what the model was trained from (hash). The same
         key with the same history is not logged twice; a different one replaces it, and the older run stays, marked as
-        not current. Call it for models kept from an earlier run too: they move below the present run, others are
-        retired at its end.
+        not current. Call it for models kept from an earlier run too: they move below the present run and take the
+        present `tags`, others are retired at its end.
+
+        The run is FINISHED; that of a model whose last status is "failed" is FAILED, with the tags status, reason and
+        epoch, and without ``final/...`` metrics, so that it stands in no ranking.
         """
         with self._logging(f"{arm} seed {seed}"):
             return self._log_trained_model(arm, int(seed), _rows_of(history, arm, seed), params, key, tags or {})
@@ -369,19 +372,24 @@ class StageRun:
         self, arm: str, seed: int, history: pd.DataFrame, params: Mapping[str, Any], key: str, tags: Mapping[str, Any]
     ) -> str:
         client, experiment_id = _client(), open_experiment(self.study)
-        metrics = _curve(history)
+        last = history.iloc[-1]
+        failed = last.get("status") == "failed"
+        if failed:
+            tags = {**tags, "status": "failed", "reason": last.get("reason", "not known"), "epoch": last["epoch"]}
+        metrics = _curve(history, finals=not failed)
         identity = _identity(self.study, self.stage, arm, seed, key, metrics)
         filter_string = (
             f"tags.stage = '{self.stage}' and tags.arm = '{arm}' and tags.seed = '{seed}' and tags.current = 'yes'"
         )
         existing = None
         for run in _search(client, experiment_id, filter_string):
-            if run.data.tags.get("key") == identity and run.info.status == "FINISHED":
+            if run.data.tags.get("key") == identity and run.info.status in ("FINISHED", "FAILED"):
                 existing = run.info.run_id
             else:
                 client.set_tag(run.info.run_id, "current", "no")
         if existing is not None:
-            client.set_tag(existing, "mlflow.parentRunId", self.run_id)
+            for name, value in {**tags, "mlflow.parentRunId": self.run_id}.items():
+                client.set_tag(existing, name, str(value))
             return existing
         start, end = _span(history)
         own = {"arm": arm, "seed": str(seed), "key": identity, "current": "yes", "mlflow.parentRunId": self.run_id}
@@ -394,7 +402,7 @@ class StageRun:
         run_id = run.info.run_id
         _log_params(run_id, {"arm": arm, "seed": seed} | dict(params))
         _log_metrics(run_id, metrics)
-        client.set_terminated(run_id, "FINISHED", end_time=end)
+        client.set_terminated(run_id, "FAILED" if failed else "FINISHED", end_time=end)
         return run_id
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
@@ -622,8 +630,10 @@ def _rows_of(history: pd.DataFrame, arm: str, seed: int) -> pd.DataFrame:
     return history.sort_values("epoch")
 
 
-def _curve(history: pd.DataFrame) -> list[tuple[str, float, float, int]]:
-    """(name, value, UNIX time, epoch) of every number in the history, and of the last ones again as ``final/...``."""
+def _curve(history: pd.DataFrame, finals: bool) -> list[tuple[str, float, float, int]]:
+    """(name, value, UNIX time, epoch) of every number in the history, and, if wanted, of the last ones again as
+    ``final/...``.
+    """
     points = []
     columns = [name for name in history if name not in _NOT_METRICS and pd.api.types.is_numeric_dtype(history[name])]
     now = time.time()
@@ -633,12 +643,11 @@ def _curve(history: pd.DataFrame) -> list[tuple[str, float, float, int]]:
             if not math.isnan(row[column]):  # a term that this arm does not have
                 points.append((_METRICS.get(column, f"train/{column}"), float(row[column]), when, int(row["epoch"])))
     last = int(history["epoch"].iloc[-1])
-    finals = [
+    return points + [
         (f"final/val_{name[4:]}", value, when, 0)
         for name, value, when, epoch in points
-        if epoch == last and name.startswith("val/")
+        if finals and epoch == last and name.startswith("val/")
     ]
-    return points + finals
 
 
 def _identity(
@@ -660,9 +669,16 @@ def _log_metrics(run_id: str, points: list[tuple[str, float, float, int]]) -> No
     client = _client()
     from mlflow.entities import Metric
 
-    metrics = [Metric(name, value, int(when * 1000), step) for name, value, when, step in points]
+    metrics = [Metric(_metric_name(name), value, int(when * 1000), step) for name, value, when, step in points]
     for start in range(0, len(metrics), _BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
+
+
+def _metric_name(name: str) -> str:
+    """A name that MLflow accepts: "wsld+at" and "crd@last" become "wsld and at" and "crd of last". No two names become
+    one, because the names of arms hold no space.
+    """
+    return name.replace("+", " and ").replace("@", " of ")
 
 
 def _log_params(run_id: str, params: Mapping[str, Any]) -> None:

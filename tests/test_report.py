@@ -574,24 +574,38 @@ def test_tables_and_figures_lie_beside_the_page(home):
     assert figures == {f"{name}.{suffix}" for _, name, _, _ in FIGURES for suffix in ("png", "pdf")}
 
 
+def test_ways_to_match_logits_are_named_where_there_are_others_than_kd(home):
+    make_study(home, methods=("at",))
+    assert "Logits matched by" not in text(report(home).root)
+    make_study(home, methods=("at", "wsld+at", "dkd"))
+    assert "Logits matched bykd, wsld, dkd" in text(report(home).table("Setting")).replace("\n", "")
+
+
 def test_training_that_broke_off_is_told(home):
     runs = make_study(home)
     history = read_table(runs / "04_distill_students" / "histories.csv")
     assert "broke off" not in text(report(home).root)
     history.loc[(history["arm"] == "at_uniform") & (history["seed"] == 2), ["status", "reason"]] = ["failed", "why not"]
+    history = history[(history["status"] == "trained") | (history["epoch"] == 3)]
     save_table(history, runs / "04_distill_students" / "histories.csv")
     notice = report(home).all("p", **{"class": "notice"})[0]
-    assert "at_uniform seed 2 (why not)" in text(notice)
+    assert "at_uniform seed 2 (in epoch 3: why not)" in text(notice)
 
 
-def test_a_study_without_clustered_arms_has_a_page_too(home):
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_study_without_clustered_arms_has_a_page_too_and_tells_whether_they_failed(home, failed):
     runs = make_study(home)
+    if not failed:
+        pairs = read_table(runs / "04_distill_students" / "pairs.csv")
+        save_table(pairs[~pairs["arm"].str.contains("clustered")], runs / "04_distill_students" / "pairs.csv")
     for name in ("results.csv", "summary.csv"):
         table = read_table(runs / "05_evaluate" / name)
         save_table(table[~table["strategy"].str.startswith("clustered")], runs / "05_evaluate" / name)
     save_table(contrast(results_of(runs)), runs / "05_evaluate" / "contrasts.csv")
     page = report(home)
-    assert "says nothing about the method" in text(page.root)
+    says = text(page.root)
+    assert "says nothing about the method" in says
+    assert ("clustered layers failed, so it" in says, "No arm of this study takes its" in says) == (failed, not failed)
     assert "Clustered hints against the controls" not in page.source
 
 

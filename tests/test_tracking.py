@@ -7,11 +7,13 @@ import subprocess
 import sys
 import urllib.parse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from pursuhint_lib import tracking
+from pursuhint_lib.arms import Arm, log_students
 from pursuhint_lib.storage import REPOSITORY, run_folder
 
 
@@ -173,6 +175,84 @@ def test_a_model_with_the_same_key_but_other_numbers_is_logged_anew(store):
     parent, other = new_run(), history()
     other["loss"] *= 1.01
     assert log(parent) != log(parent, other)
+
+
+def broken_off():
+    """Of an arm whose first epoch was fine and whose second was not."""
+    table = history(epochs=2).assign(reason=[None, "the loss was no longer finite"], status=["trained", "failed"])
+    table.loc[1, ["loss", "val_loss"]] = float("nan")
+    return table
+
+
+def test_a_failed_model_is_a_failed_run_with_its_reason_and_stands_in_no_ranking(store):
+    run = client().get_run(log(new_run(), broken_off()))
+    assert run.info.status == "FAILED" and run.data.metrics["val/acc1"] == 0.52
+    assert {name: run.data.tags[name] for name in ("status", "reason", "epoch")} == {
+        "status": "failed",
+        "reason": "the loss was no longer finite",
+        "epoch": "2",
+    }
+    assert not any(name.startswith("final/") for name in run.data.metrics)
+    assert "reason" not in client().get_run(log(new_run())).data.tags
+
+
+def test_a_failed_model_is_finished_work_and_logged_once(store):
+    run_id, second = log(new_run(), broken_off()), new_run()
+    assert log(second, broken_off()) == run_id
+    assert tracking.run_table("toy", "04_distill_students")["status"].tolist() == ["FAILED"]
+    tracking.retire_other_models("toy", "04_distill_students", second)
+    assert tracking.run_table("toy", "04_distill_students")["run_id"].tolist() == [run_id]
+
+
+def test_a_model_that_is_found_again_takes_the_present_tags(store):
+    run = tracking.StageRun("toy", "04_distill_students", new_run())
+    model = {"arm": "at_uniform", "seed": 0, "history": history(), "params": {}}
+    first = run.log_trained_model(**model, tags={"also": "none"})
+    assert run.log_trained_model(**model, tags={"also": "at_clustered"}) == first
+    assert client().get_run(first).data.tags["also"] == "at_clustered"
+
+
+ARMS = ["kd", "at_uniform", "wsld+at_uniform", "crd@last", "at+crd@last_stage_ends"]
+
+
+def test_a_metric_of_every_arm_is_logged_whatever_its_method_is_written_with(store):
+    spool, notebook = spooled(store)
+    run = tracking.StageRun("toy", "05_evaluate", new_run())
+    notebook.log_metrics({f"test/{arm}": number / 10 for number, arm in enumerate(ARMS)})
+    tracking.ingest(spool, run)
+    assert client().get_run(run.run_id).data.metrics == {
+        "test/kd": 0.0,
+        "test/at_uniform": 0.1,
+        "test/wsld and at_uniform": 0.2,
+        "test/crd of last": 0.3,
+        "test/at and crd of last_stage_ends": 0.4,
+    }
+
+
+def test_a_student_of_every_arm_is_logged_under_the_arms_own_name(store):
+    spool, notebook = spooled(store)
+    for arm in ARMS:
+        table = history(arms=(arm,)).assign(**{"loss_share_crd@last": 0.5})
+        notebook.log_trained_model(arm=arm, seed=0, history=table, params={"method": arm}, tags={"also": "a+b, c@d"})
+    run = tracking.StageRun("toy", "04_distill_students", new_run())
+    tracking.ingest(spool, run)
+    tracking.retire_other_models("toy", "04_distill_students", run.run_id)
+    assert tracking.run_table("toy", "04_distill_students")["arm"].tolist() == sorted(ARMS)
+    for arm in ARMS:  # and is found again
+        table = history(arms=(arm,)).assign(**{"loss_share_crd@last": 0.5})
+        assert log(run.run_id, table, arm=arm, key="") in set(tracking.run_table("toy", run.stage)["run_id"])
+
+
+def test_arms_with_the_same_students_are_named_in_the_tag_of_the_run_that_trained_them(store):
+    arms = [Arm("kd", "kd", "none"), Arm("wsld+at_a", "wsld+at", "a")]
+    arms += [Arm(f"wsld+at_{name}", "wsld+at", name, same_as="wsld+at_a") for name in ("b", "c")]
+    settings = SimpleNamespace(student="small", teacher="large", epochs=3, seeds=[0])
+    distillation = SimpleNamespace(params=settings, key=lambda arm: arm.name)
+    table = history(arms=("kd", "wsld+at_a"))
+    log_students(tracking.StageRun("toy", "04_distill_students", new_run()), arms, table, distillation)
+    runs = tracking.run_table("toy", "04_distill_students").set_index("arm")["run_id"]
+    tags = {arm: client().get_run(run_id).data.tags["also"] for arm, run_id in runs.items()}
+    assert tags == {"kd": "none", "wsld+at_a": "wsld+at_b, wsld+at_c"}
 
 
 def test_runs_of_dead_processes_are_closed_as_killed_and_living_ones_are_left(store):
