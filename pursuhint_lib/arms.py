@@ -133,7 +133,8 @@ def study_arms(
     and for two methods that are the same sum.
     """
     arms = [Arm("kd", "kd", "none")]
-    named = {"last": select_hint_points("last", None, teacher_table, 1), **hint_points}
+    named = dict(hint_points)
+    named.setdefault("last", select_hint_points("last", None, teacher_table, 1))
     for method, objective in parse_methods(methods).items():
         own = [strategy for _, strategy in objective.hints]
         unknown = next((name for name in own if name and name not in named), None)
