@@ -4,13 +4,15 @@ An arm is one way to train the student (method x strategy); with a seed it gives
 from the same weights and see the same batches, so arms are compared in pairs.
 
 A method is written as a sum of names: at most one of `logit_losses.LOGIT_LOSSES` (kd, if there is none) and any of
-`methods.METHODS`. A hint takes the layers of the arm's strategy, or always those of one strategy that is named behind
-an "@": "at", "wsld+at", "dkd", "at+crd@last".
+`methods.METHODS`. A hint takes the layers of the arm's strategy, or always those that are named behind an "@": hint
+points of the study ("clustered_r2_cca", "random_0"), or "last", the deepest layer, which needs no choice and is there
+in every study. "at", "wsld+at", "dkd", "at+crd@last"; blanks around the names change nothing.
 """
 
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch import nn
 from pursuhint_lib.controls import ControlTeacher
 from pursuhint_lib.data import Batches
 from pursuhint_lib.features import FrozenTeacher
-from pursuhint_lib.hints import HintPair, HintPoints, pair_layers
+from pursuhint_lib.hints import HintPair, HintPoints, pair_layers, select_hint_points
 from pursuhint_lib.learners import Distilled, Hint, SilentHint, balance_hints, check_hints, feature_key
 from pursuhint_lib.logit_losses import LOGIT_LOSSES
 from pursuhint_lib.methods import METHODS
@@ -53,15 +55,17 @@ class Objective(NamedTuple):
 def parse_method(text: str) -> Objective:
     """Read a method as a study writes it ("wsld+crd@last"), see above. Raises ValueError, one line, if it is none."""
     logit_losses, hints = [], []
-    for part in text.split("+"):
+    for part in _without_blanks(text).split("+"):
         name, at, strategy = part.partition("@")
         if name not in METHODS and name not in LOGIT_LOSSES:
             allowed = [*METHODS, *LOGIT_LOSSES]
-            raise ValueError(f"unknown{nearest(name, allowed)} (allowed, joined by +: {', '.join(allowed)})")
+            raise ValueError(f"unknown {name!r}{nearest(name, allowed)} (allowed, joined by +: {', '.join(allowed)})")
         if name in logit_losses or name in dict(hints):
             raise ValueError(f"names {name} twice (allowed: each name once)")
-        if at and (name in LOGIT_LOSSES or not strategy):
-            raise ValueError(f"{part} (allowed behind a hint method: @ and a strategy)")
+        if at and name in LOGIT_LOSSES:
+            raise ValueError(f"{part!r}: a logit loss takes no layers (allowed: {name})")
+        if at and not strategy:
+            raise ValueError(f"{part!r}: names no layers (allowed behind a hint method: @ and a strategy)")
         if name in LOGIT_LOSSES:
             logit_losses.append(name)
         else:
@@ -69,6 +73,29 @@ def parse_method(text: str) -> Objective:
     if len(logit_losses) > 1:
         raise ValueError(f"matches logits in {len(logit_losses)} ways (allowed: one of {', '.join(LOGIT_LOSSES)})")
     return Objective(logit_losses[0] if logit_losses else "kd", tuple(hints))
+
+
+def parse_methods(texts: Sequence[str]) -> dict[str, Objective]:
+    """Read all methods of a study: each as it is written, without blanks, -> what it asks.
+
+    Raises ValueError, one line that names the method, if it is none, or the same sum as another. The order of the names
+    changes a student, as adapters draw their weights one after the other: arms of both would differ by that alone.
+    """
+    read: dict[str, Objective] = {}
+    for text in texts:
+        try:
+            objective = parse_method(text)
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}") from None
+        for other, (logit_loss, hints) in read.items():
+            if logit_loss == objective.logit_loss and sorted(hints) == sorted(objective.hints):
+                raise ValueError(f"{text!r}: the same sum as {other!r} (allowed: one of the two)")
+        read[_without_blanks(text)] = objective
+    return read
+
+
+def _without_blanks(method: str) -> str:
+    return re.sub(r"\s*([+@])\s*", r"\1", method.strip())
 
 
 @dataclass(frozen=True)
@@ -102,19 +129,21 @@ def study_arms(
     """`kd` (no hints), then every method with every strategy, in the order given.
 
     A method without hints, or whose hints all name a strategy of their own, is one arm. hint_weights: of hint methods;
-    one left out has its published weight. Raises ValueError, one line, for a method or a strategy that is not there.
+    one left out has its published weight. Raises ValueError, one line, for a method or hint points that are not there,
+    and for two methods that are the same sum.
     """
     arms = [Arm("kd", "kd", "none")]
-    for method in methods:
-        objective = parse_method(method)
+    named = dict(hint_points)
+    named.setdefault("last", select_hint_points("last", None, teacher_table, 1))
+    for method, objective in parse_methods(methods).items():
         own = [strategy for _, strategy in objective.hints]
-        unknown = next((name for name in own if name and name not in hint_points), None)
+        unknown = next((name for name in own if name and name not in named), None)
         if unknown:
-            raise ValueError(f"method {method!r}: no strategy {unknown!r} (there are {', '.join(hint_points)})")
+            raise ValueError(f"method {method!r}: no hint points {unknown!r} (there are {', '.join(named)})")
         for strategy in hint_points if "" in own else ["+".join(dict.fromkeys(own)) or "none"]:
             hints = []
             for name, of_its_own in objective.hints:
-                points = hint_points[of_its_own or strategy]
+                points = named[of_its_own or strategy]
                 weight = (hint_weights or {}).get(name, METHODS[name].published_weight)
                 pairs = tuple(pair_layers(points, teacher_table, student_table))
                 hints.append(Hint(name, pairs, weight, points.redrawn))

@@ -512,36 +512,57 @@ def select_all(
     random_draws: int,
     seed: int,
 ) -> dict[str, HintPoints]:
-    """The hint points of every strategy of a study, under the names that its arms carry.
+    """The hint points of every strategy of a study, under the names that its arms carry: those of `name_choices`.
 
-    similarities: metric -> labelled table, the main metric first. "clustered" is done with every metric
-    ("clustered_r2_cca"), its other representatives with the main one ("clustered_first_r2_cca"), "random"
-    `random_draws` times ("random_0", seeded by `seed`, `seed` + 1, ...), "single" once for every layer ("single_1", the
-    depth counted from 1), "subset" for every subset ("subset_3_9_15", the depths); the others stand under their own
-    name, with clusters by the main metric where they have some.
+    similarities: metric -> labelled table, the main metric first. Random draws are seeded by `seed`, `seed` + 1, ...
     Raises ValueError as `select_hint_points` does.
     """
-    main = next(iter(similarities))
     chosen = {}
+    choices = name_choices(strategies, list(similarities), len(layers), n_hints, random_draws)
+    for name, (strategy, metric, number) in choices.items():
+        at = seed + number if strategy == "random" else number
+        points = select_hint_points(strategy, similarities[metric], layers, n_hints, at)
+        chosen[name] = dataclasses.replace(points, strategy=name)
+    return chosen
+
+
+class Choice(NamedTuple):
+    """One choice of hint points. number: of the draw, layer or subset where a strategy makes several, from 0."""
+
+    strategy: str
+    metric: str
+    number: int = 0
+
+
+def name_choices(
+    strategies: Sequence[str], metrics: Sequence[str], n_layers: int, n_hints: int, random_draws: int
+) -> dict[str, Choice]:
+    """Name -> choice of hint points, for all that the strategies of a study give. Looks at no layer and no similarity.
+
+    metrics: the main one first. "clustered" is done with every metric ("clustered_r2_cca"), its other representatives
+    with the main one ("clustered_first_r2_cca"), "random" `random_draws` times ("random_0"), "single" once for every
+    layer ("single_1", the depth counted from 1), "subset" for every subset ("subset_3_9_15", the depths); the others
+    stand under their own name, with clusters by the main metric where they have some.
+    Raises ValueError for "subset" with n_hints outside 1..n_layers.
+    """
+    main, choices = metrics[0], {}
     for strategy in strategies:
         if strategy == "random":
-            variants = {f"random_{draw}": (main, seed + draw) for draw in range(random_draws)}
+            choices |= {f"random_{draw}": Choice(strategy, main, draw) for draw in range(random_draws)}
         elif strategy == "single":
-            variants = {f"single_{i + 1}": (main, i) for i in range(len(layers))}
+            choices |= {f"single_{i + 1}": Choice(strategy, main, i) for i in range(n_layers)}
         elif strategy == "subset":
-            _check_count("n_hints", n_hints, len(layers))
-            subsets = itertools.combinations(range(1, len(layers) + 1), n_hints)
-            variants = {"_".join(map(str, ("subset", *depths))): (main, i) for i, depths in enumerate(subsets)}
+            _check_count("n_hints", n_hints, n_layers)
+            subsets = itertools.combinations(range(1, n_layers + 1), n_hints)
+            names = ("_".join(map(str, (strategy, *depths))) for depths in subsets)
+            choices |= {name: Choice(strategy, main, i) for i, name in enumerate(names)}
         elif strategy == "clustered":
-            variants = {f"clustered_{metric}": (metric, seed) for metric in similarities}
+            choices |= {f"clustered_{metric}": Choice(strategy, metric) for metric in metrics}
         elif strategy.startswith("clustered_"):
-            variants = {f"{strategy}_{main}": (main, seed)}
+            choices[f"{strategy}_{main}"] = Choice(strategy, main)
         else:
-            variants = {strategy: (main, seed)}
-        for name, (metric, draw_seed) in variants.items():
-            points = select_hint_points(strategy, similarities[metric], layers, n_hints, draw_seed)
-            chosen[name] = dataclasses.replace(points, strategy=name)
-    return chosen
+            choices[strategy] = Choice(strategy, main)
+    return choices
 
 
 # ---- Pairs ----

@@ -111,12 +111,13 @@ def _deviations(x: Tensor) -> Tensor:
 class LogitLoss:
     """A way to match logits, with one face for all: called with student_logits, teacher_logits (B, K), labels (B,), T.
 
-    published_weight: that of the method's authors or of the field's benchmark. warm_up: fraction of the training over
-    which the weight rises from 0. standardized: see `standardize_logits`.
+    published_weight: that of the method's authors or of the field's benchmark; None for kd and kd_std, whose weight
+    every study names (`kd_weight`). warm_up: fraction of the training over which the weight rises from 0.
+    standardized: see `standardize_logits`.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    published_weight: float = 1.0
+    published_weight: float | None = 1.0
     warm_up: float = 0.0
     standardized: bool = False
 
@@ -135,7 +136,7 @@ def _dist(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temper
 
 
 _PLAIN = {
-    "kd": LogitLoss(_kd, published_weight=0.9),
+    "kd": LogitLoss(_kd, published_weight=None),
     "dkd": LogitLoss(dkd_loss, warm_up=20 / 240),
     "wsld": LogitLoss(wsld_loss, published_weight=2.5),
     "dist": LogitLoss(_dist),

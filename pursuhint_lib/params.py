@@ -363,12 +363,13 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
     """
     import torch  # here, so that a run with nothing to do stays light
 
-    from pursuhint_lib.arms import parse_method
+    from pursuhint_lib.arms import parse_methods
     from pursuhint_lib.features import layer_table
-    from pursuhint_lib.hints import STRATEGIES
+    from pursuhint_lib.hints import STRATEGIES, name_choices
     from pursuhint_lib.logit_losses import LOGIT_LOSSES
     from pursuhint_lib.methods import METHODS
     from pursuhint_lib.models import build_model, candidate_layers
+    from pursuhint_lib.pretrained import check_source
     from pursuhint_lib.profiling import METRICS
     from pursuhint_lib.training import resolve_device
 
@@ -378,34 +379,44 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
         allowed = list(allowed)
         for name in names:
             if name not in allowed:
-                hint = f"{nearest(name, allowed)} (allowed: {', '.join(allowed)})"
+                hint = f"{nearest(name, allowed)} (allowed: {_some(allowed)})"
                 raise ParameterError(f"{file}: {section}.{key} = {name!r}: unknown{hint}")
 
     known("profile_layers", "similarity_metrics", profile.similarity_metrics, METRICS)
     known("cluster_layers", "cluster_metrics", cluster.cluster_metrics, profile.similarity_metrics)
     known("cluster_layers", "strategies", cluster.strategies, [name for name in STRATEGIES if name != "none"])
+    try:
+        methods = parse_methods(distill.methods)
+    except ValueError as error:  # "'atr': unknown ..."
+        raise ParameterError(f"{file}: distill_students.methods = {error}") from None
     used: dict[str, None] = {}  # losses that some method names, in order
-    for method in distill.methods:
-        try:
-            objective = parse_method(method)
-        except ValueError as error:
-            raise ParameterError(f"{file}: distill_students.methods = {method!r}: {error}") from None
+    for method, objective in methods.items():
         used |= dict.fromkeys([objective.logit_loss, *dict(objective.hints)])
         for name, strategy in objective.hints:
-            # "clustered_r2_cca" and "random_1" are made of a strategy's name and what it is run with.
-            if strategy and not any(strategy == s or strategy.startswith(f"{s}_") for s in cluster.strategies):
-                raise ParameterError(
-                    f"{file}: distill_students.methods = {method!r}: strategy {strategy!r} is not among "
-                    f"cluster_layers.strategies (allowed: {', '.join(cluster.strategies)})"
-                )
             if METHODS[name].joint and "redrawn" in cluster.strategies and strategy in ("", "redrawn"):
                 raise ParameterError(
                     f"{file}: distill_students.methods = {method!r}: {name} joins all its hints, which cannot be "
                     "redrawn one by one (allowed: another method, or no strategy 'redrawn')"
                 )
     known("distill_students", "hint_weights", distill.hint_weights, [name for name in used if name in METHODS])
+    for name in distill.logit_weights:
+        if name in ("kd", "kd_std"):
+            raise ParameterError(
+                f"{file}: distill_students.logit_weights = {name!r}: its weight is kd_weight "
+                "(allowed here: other logit losses)"
+            )
     weighed = [name for name in used if name in LOGIT_LOSSES and name not in ("kd", "kd_std")]
     known("distill_students", "logit_weights", distill.logit_weights, weighed)
+    if distill.hint_weights and distill.balance == "gradient":
+        raise ParameterError(
+            f"{file}: distill_students.hint_weights = {distill.hint_weights!r}: not with balance gradient, which sets "
+            "the weights itself (allowed: {}, or balance: none)"
+        )
+    if distill.ce_weight == distill.kd_weight == 0:
+        raise ParameterError(
+            f"{file}: distill_students.kd_weight = 0.0: with ce_weight = 0.0, nothing teaches the classifier "
+            "(allowed: one of the two above 0)"
+        )
 
     shape = _check_images(profile, file)
     try:
@@ -413,6 +424,8 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
     except ValueError as error:  # "device = 'cuda': ..."
         raise ParameterError(f"{file}: common.{error}") from None
 
+    teacher = params["01_train_teacher"]
+    candidates = {}  # role -> how many layers it has to choose from
     for role in ("teacher", "student"):
         name = getattr(profile, role)
         place = f"{file}: common.{role} = {name!r}"
@@ -438,6 +451,7 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
                 table = layer_table(network, layers, shape)
             except Exception as error:
                 raise ParameterError(f"{place}: {_first_line(error)}") from None
+        candidates[role] = len(layers)
         tokens = table[(table["height"] == 1) & (table["width"] > 1)]["layer"]
         if len(tokens):
             raise ParameterError(f"{place}: layer {tokens.iloc[0]} gives tokens; hints need maps (allowed: C x H x W)")
@@ -457,6 +471,33 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
                 f"has candidate layers ({len(layers)}); allowed: 1 to {len(layers)}"
             )
 
+    if teacher.teacher_weights:
+        try:
+            check_source(teacher.teacher, teacher.teacher_weights)
+        except (FileNotFoundError, ValueError) as error:
+            raise ParameterError(
+                f"{file}: train_teacher.teacher_weights = {teacher.teacher_weights!r}: {error}"
+            ) from None
+
+    names = name_choices(
+        cluster.strategies, cluster.cluster_metrics, candidates["teacher"], cluster.n_hints, cluster.random_draws
+    )
+    names = list(dict.fromkeys([*names, "last"]))  # which is there in every study, see `arms`
+    for method, objective in methods.items():
+        for _, strategy in objective.hints:
+            if strategy and strategy not in names:
+                raise ParameterError(
+                    f"{file}: distill_students.methods = {method!r}: no hint points {strategy!r} in this study"
+                    f"{nearest(strategy, names)} (allowed behind @: {_some(names)})"
+                )
+
+
+def _some(names: list[str], most: int = 30) -> str:
+    """The names, or the first of them and their number."""
+    if len(names) > most:
+        return f"{', '.join(names[:most])} ... {len(names)} in all"
+    return ", ".join(names) or "none"
+
 
 def _built_for_shapes(build_model: Callable[..., Any], name: str, channels: int) -> Any:
     """The network on the meta device, built there where it can be: a RegNet counts its widths with real tensors."""
@@ -471,7 +512,7 @@ def _built_for_shapes(build_model: Callable[..., Any], name: str, channels: int)
 
 def _check_images(images: Images, file: str) -> tuple[int, int, int]:
     """Channels, height and width of the images; ParameterError when they are not there or not enough."""
-    images_folder(images, file)
+    folder = images_folder(images, file)
 
     def refuse(key: str, reason: str) -> ParameterError:
         return ParameterError(f"{file}: common.{key} = {getattr(images, key)!r}: {reason}")
@@ -487,6 +528,14 @@ def _check_images(images: Images, file: str) -> tuple[int, int, int]:
     if images.data == "image_folder":
         if images.image_size == 0:
             raise refuse("image_size", "image_folder needs the side of its images in pixels (allowed: 1 or more)")
+        if not (folder / "train").is_dir() or not any((folder / split).is_dir() for split in ("test", "val")):
+            named = images.data_folder or os.environ.get("PURSUHINT_DATA", "")
+            key = "PURSUHINT_DATA (environment)" if named and not images.data_folder else "common.data_folder"
+            raise ParameterError(
+                f"{file}: {key} = {named!r}: {folder} does not hold train/ and test/ or val/"
+                + ("" if named else "; name the folder by data_folder, or by DATA=folder behind make")
+                + " (allowed: a folder with train/<class>/* and test/<class>/* or val/<class>/*)"
+            )
         return 3, images.image_size, images.image_size
     known = _DATA_SETS[images.data]
     if images.image_size != 0:

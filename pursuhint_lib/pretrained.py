@@ -6,6 +6,7 @@ import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import safetensors
@@ -33,9 +34,7 @@ def load_weights(model: nn.Module, source: str) -> nn.Module:
     Raises FileNotFoundError for weights that are not there, or ValueError, with one line: unknown weights, a file that
     cannot be read, or weights that do not fit (for another number of classes, say).
     """
-    state = (
-        _read(storage.home() / Path(source).expanduser()) if source.endswith(_SUFFIXES) else _download(model, source)
-    )
+    state = _read(_file(source)) if source.endswith(_SUFFIXES) else _download(model.spec["name"], source)
     for name, tensor in model.state_dict().items():
         if name.endswith("num_batches_tracked"):  # files from before torch 0.4.1 do not have it
             state.setdefault(name, tensor)
@@ -44,9 +43,24 @@ def load_weights(model: nn.Module, source: str) -> nn.Module:
     return model.eval()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def check_source(network: str, source: str) -> None:
+    """Raise what `load_weights` raises for weights of this network that are not there or unknown. Reads and downloads
+    nothing.
+    """
+    if source.endswith(_SUFFIXES):
+        _file(source)
+    else:
+        _published(network, source)
+
+
+def _file(source: str) -> Path:
+    path = storage.home() / Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"weights {path} are not there")
+    return path
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -60,10 +74,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _download(model: nn.Module, name: str) -> dict[str, Tensor]:
+def _published(network: str, name: str) -> Any:
+    """torchvision's entry of these weights."""
     import torchvision.models
 
-    network = model.spec["name"]
     if network not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(f"weights {name!r}: torchvision has none of {network}; name a file ({', '.join(_SUFFIXES)})")
     known = torchvision.models.get_model_weights(network)
@@ -72,12 +86,17 @@ def _download(model: nn.Module, name: str) -> dict[str, Tensor]:
             f"weights {name!r}: torchvision has {', '.join(known.__members__)} of {network}; or name a file "
             f"({', '.join(_SUFFIXES)})"
         )
+    return known[name]
+
+
+def _download(network: str, name: str) -> dict[str, Tensor]:
+    weights = _published(network, name)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return dict(known[name].get_state_dict(progress=False, check_hash=True))
+            return dict(weights.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise FileNotFoundError(
-            f"weights {name} of {network} could not be downloaded from {known[name].url} ({_first_line(error)}): fetch "
+            f"weights {name} of {network} could not be downloaded from {weights.url} ({_first_line(error)}): fetch "
             "that file by other means and name it instead"
         ) from None
 

@@ -5,9 +5,11 @@ import dataclasses
 import itertools
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from pursuhint_lib import arms as arms_module
 from pursuhint_lib.arms import (
@@ -31,7 +33,7 @@ from pursuhint_lib.models import candidate_layers, load_model, state_hash
 from pursuhint_lib.params import DistillStudents
 from pursuhint_lib.progress import Progress
 from pursuhint_lib.study import fixed_batches, fresh_network, study_images, training_batches
-from pursuhint_lib.training import Schedule
+from pursuhint_lib.training import Schedule, resolve_precision
 
 CPU, F32 = torch.device("cpu"), torch.float32
 PARAMS = DistillStudents(
@@ -97,13 +99,85 @@ def test_students_of_a_seed_start_from_the_same_weights_whatever_the_arm(distill
     assert starts["kd"] != state_hash(distillation.learner(Arm("kd", "kd", "none"), 0).model)
 
 
-def test_every_key_of_the_recipe_is_in_the_training_key(distillation):
+def test_arms_have_keys_of_their_own_and_twins_one(distillation):
     arms = {arm.name: distillation.key(arm) for arm in arms_of(distillation, ["at", "fitnet"])}
     assert arms["at_first"] == arms["at_twin"] and len(set(arms.values())) == len(arms) - 2
-    for change in ({"temperature": 2.0}, {"epochs": 3}, {"noise": 0.1}, {"batch_size": 32}, {"hint_share": 0.1}):
-        other = dataclasses.replace(distillation, params=PARAMS.model_copy(update=change))
-        assert other.key(Arm("kd", "kd", "none")) != arms["kd"], change
     assert training_key(a=1) != training_key(a=2)
+
+
+FOLDER = {"data": "image_folder", "data_folder": "one", "image_size": 8, "validation_per_class": 1}
+STREAMED = FOLDER | {"noise": 0, "crop_padding": 0, "streaming": True}
+# Field -> another value than that of a study, and what else that study has.
+CHANGES_STUDENTS = {
+    "data": (FOLDER["data"], {**FOLDER, "data": "digits", "image_size": 0}, {"image_size": 8}),
+    "n_classes": (5, {}),
+    "image_size": (16, FOLDER),
+    "streaming": (True, STREAMED | {"streaming": False}),
+    "channel_statistics": ("imagenet", FOLDER),
+    "noise": (0.1, {}),
+    "crop_padding": (0, {}),
+    "flip": (True, {}),
+    "evaluation_repeats": (2, {}),  # changes what is said of a student
+    "validation_per_class": (10, {}),
+    "split_seed": (1, {}),
+    "device": ("cuda", {}),
+    "threads": (2, {}),
+    "precision": ("bfloat16", {}),
+    "teacher": ("resnet8_w4", {}),
+    "student": ("resnet8_w8", {}),
+    "batch_size": (32, {}),
+    "schedule": ("paper", {}),
+    "epochs": (3, {}),
+    "learning_rate": (0.2, {}),
+    "momentum": (0.8, {}),
+    "weight_decay": (1e-3, {}),
+    "methods": (["fitnet"], {}),
+    "ce_weight": (0.5, {}),
+    "kd_weight": (0.5, {}),
+    "logit_weights": ({"dkd": 5.0}, {"methods": ["dkd+at"]}),
+    "temperature": (2.0, {}),
+    "balance": ("none", {}),
+    "hint_share": (0.1, {}),
+    "hint_weights": ({"at": 7.0}, {"balance": "none"}),
+}
+CHANGES_NO_STUDENT = {
+    "study": ("other", {}),
+    "data_folder": ("two", FOLDER),  # with the same images
+    "loaders": (0, STREAMED),
+    "seeds": ([3], {}),  # in the file's name
+    "workers": (2, {}),
+}
+
+
+def key_of(params, monkeypatch):
+    """Of the last arm of a study, put together as notebook 04 does."""
+    images = study_images(params)
+    teacher, student = (fresh_network(name, images, 5) for name in (params.teacher, params.student))
+    tables = [layer_table(net, candidate_layers(net), images.shape) for net in (teacher, student)]
+    dtype = resolve_precision(params.precision, CPU)
+    frozen = FrozenTeacher(teacher, list(tables[0]["layer"]))
+    setting = Distillation(params, images, frozen, *tables, torch.device(params.device), dtype)
+    arm = study_arms(POINTS, params.methods, *tables, params.hint_weights)[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: params.threads)
+        return setting.key(arm)
+
+
+@pytest.mark.parametrize("field", DistillStudents.model_fields)
+def test_the_training_key_holds_every_parameter_that_changes_a_student_and_no_other(field, home, monkeypatch):
+    value, of_the_study, *together = (CHANGES_STUDENTS | CHANGES_NO_STUDENT)[field]
+    for folder in ("one", "two"):
+        for split, label, number in itertools.product(("train", "test"), ("cat", "dog"), range(3)):
+            pixels = np.random.default_rng([ord(label[0]), number, split == "test"]).integers(0, 256, (16, 16, 3))
+            path = home / folder / split / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    params = PARAMS.model_copy(update={"device": "cpu", "methods": ["at"], **of_the_study})
+    change = {field: value, **(together[0] if together else {})}
+    assert getattr(params, field) != value
+    keys = [key_of(of, monkeypatch) for of in (params, params.model_copy(), params.model_copy(update=change))]
+    assert keys[0] == keys[1]
+    assert (keys[0] != keys[2]) == (field in CHANGES_STUDENTS)
 
 
 def test_a_finished_arm_is_not_trained_again_and_the_tables_are_the_same(distillation, tmp_path, monkeypatch):
@@ -254,13 +328,14 @@ def test_a_method_is_a_sum_of_one_logit_loss_and_hints_with_layers_of_their_own(
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("att", "unknown; did you mean 'at'"),
-        ("", "unknown"),
+        ("att", "unknown 'att'; did you mean 'at'"),
+        ("wsld+cdr@last", "unknown 'cdr'; did you mean 'crd'"),
+        ("", "unknown ''"),
         ("at+at", "names at twice"),
         ("at+at@last", "names at twice"),
         ("kd+dkd", "matches logits in 2 ways"),
-        ("kd@last", "kd@last .allowed behind a hint method"),
-        ("at@", "at@ .allowed behind a hint method: @ and a strategy"),
+        ("kd@last", "'kd@last': a logit loss takes no layers .allowed: kd."),
+        ("at@", "'at@': names no layers .allowed behind a hint method: @ and a strategy"),
     ],
 )
 def test_what_is_no_method_is_refused_in_one_line(text, reason):
@@ -284,8 +359,51 @@ def test_arms_of_sums_have_hints_logit_losses_and_layers_as_written(distillation
     assert table.loc[table["arm"] == first.name, "method"].tolist() == ["at", "fitnet", "fitnet", "fitnet"]
     weighed = study_arms(POINTS, ["at"], distillation.teacher_table, distillation.student_table, {"at": 7.0})
     assert weighed[1].hints[0].weight == 7.0
-    with pytest.raises(ValueError, match="'at@lost': no strategy 'lost' .there are first, twin, last"):
+    with pytest.raises(ValueError, match="'at@lost': no hint points 'lost' .there are first, twin, last"):
         arms_of(distillation, ["at@lost"])
+
+
+def test_blanks_around_names_change_nothing(distillation):
+    assert parse_method(" wsld + crd @ last ") == parse_method("wsld+crd@last")
+    arms = arms_of(distillation, ["wsld + at", "at + fitnet @ last", " dkd "])
+    names = [*(f"wsld+at_{s}" for s in POINTS), *(f"at+fitnet@last_{s}" for s in POINTS), "dkd"]
+    assert [arm.name for arm in arms[1:]] == names
+    assert {arm.method for arm in arms} == {"kd", "wsld+at", "at+fitnet@last", "dkd"}
+
+
+@pytest.mark.parametrize(
+    "first, second", [("at+crd", "crd+at"), ("wsld+at@last", "at@last + wsld"), ("at", "kd+at"), ("at", "at ")]
+)
+def test_one_sum_written_twice_is_refused_in_one_line(distillation, first, second):
+    with pytest.raises(ValueError) as error:
+        arms_of(distillation, [first, "fitnet", second])
+    assert str(error.value) == f"{second!r}: the same sum as {first!r} (allowed: one of the two)"
+
+
+def test_sums_with_other_layers_or_another_logit_loss_are_methods_of_their_own(distillation):
+    methods = ["at+crd", "at+crd@last", "at@last+crd", "wsld+at+crd"]
+    assert {arm.method for arm in arms_of(distillation, methods)} == {"kd", *methods}
+
+
+def test_the_deepest_layer_can_be_named_in_every_study_and_adds_no_arm(distillation):
+    tables = distillation.teacher_table, distillation.student_table
+    without = {name: POINTS[name] for name in ("first", "twin")}
+    arms = study_arms(without, ["at", "crd@last"], *tables)
+    assert [arm.name for arm in arms] == ["kd", "at_first", "at_twin", "crd@last"]
+    assert arms[-1].hints == study_arms(POINTS, ["crd@last"], *tables)[-1].hints
+    assert [pair.teacher_layer for pair in arms[-1].pairs] == [distillation.teacher_table["layer"].iloc[-1]]
+    other = {"last": HintPoints("last", ["stage1.0"])}  # what the study chose goes first
+    assert study_arms(other, ["at@last"], *tables)[-1].pairs[0].teacher_layer == "stage1.0"
+
+
+def test_crd_takes_its_negatives_by_the_labels_of_the_training_images(distillation, images):
+    arm = arms_of(distillation, ["crd@last"])[1]
+    (crd,) = distillation.learner(arm, 0).adapters
+    labels = images.train.labels
+    for label in labels.unique():
+        begin, size = (of[labels == label].unique().item() for of in (crd.class_begin, crd.class_size))
+        rows = crd.by_class[begin : begin + size]
+        assert torch.equal(rows.sort().values, (labels == label).nonzero().flatten())
 
 
 def test_logit_losses_are_weighed_as_the_study_says_or_as_published(distillation):

@@ -22,6 +22,7 @@ from pursuhint_lib.hints import (
     HintPoints,
     LayerClustering,
     checked_similarity,
+    name_choices,
     pair_layers,
     seed_indices,
     select_all,
@@ -649,6 +650,25 @@ def test_a_study_takes_every_layer_alone_and_every_subset():
         assert chosen[f"single_{depth}"] == HintPoints(f"single_{depth}", names(depth - 1))
     for a, b, c in itertools.combinations(range(1, 7), 3):
         assert chosen[f"subset_{a}_{b}_{c}"] == HintPoints(f"subset_{a}_{b}_{c}", names(a - 1, b - 1, c - 1))
+
+
+def test_choices_are_named_before_a_similarity_is_known():
+    named = name_choices(["single", "random", "clustered", "clustered_last", "last"], ["a", "b"], 2, 9, 2)
+    assert named == {
+        "single_1": ("single", "a", 0),
+        "single_2": ("single", "a", 1),
+        "random_0": ("random", "a", 0),
+        "random_1": ("random", "a", 1),
+        "clustered_a": ("clustered", "a", 0),
+        "clustered_b": ("clustered", "b", 0),
+        "clustered_last_a": ("clustered_last", "a", 0),
+        "last": ("last", "a", 0),
+    }
+    strategies = [name for name in STRATEGIES]
+    named = name_choices(strategies, list(SIMILARITIES), 6, 2, 3)
+    assert list(named) == list(select_all(strategies, SIMILARITIES, layer_table(3, 3), 2, 3, seed=0))
+    with pytest.raises(ValueError, match="n_hints is 7"):
+        name_choices(["subset"], ["a"], 6, 7, 1)
 
 
 # ---- Pairs ----

@@ -46,7 +46,7 @@ def write_weights(path):
     return state_hash(teacher)
 
 
-def test_the_recipe_is_the_published_one():
+def test_the_recipe_is_the_published_one(home, monkeypatch):
     params = load_params(PARAMS_FOLDER / f"{STUDY}.yaml")
     students = params["04_distill_students"]
     assert (students.teacher, students.student, students.image_size) == ("resnet34", "resnet18", 224)
@@ -55,6 +55,9 @@ def test_the_recipe_is_the_published_one():
     assert (students.temperature, students.ce_weight, students.kd_weight) == (1.0, 0.5, 0.5)
     assert students.streaming and students.flip and students.channel_statistics == "imagenet"
     assert params["01_train_teacher"].teacher_weights == "IMAGENET1K_V1"
+    for split in ("train", "val"):
+        (home / split).mkdir()
+    monkeypatch.setenv("PURSUHINT_DATA", str(home))
     check_names(params, STUDY)
 
 

@@ -22,6 +22,12 @@ SMOKE = yaml.safe_load((PARAMS_FOLDER / "smoke.yaml").read_text())
 STREAMED = {"data": "image_folder", "image_size": 32, "streaming": True, "noise": 0, "crop_padding": 0}
 
 
+def image_folder(folder, splits=("train", "test")):
+    for split in splits:
+        (folder / split).mkdir(parents=True)
+    return folder
+
+
 def load(tmp_path, **changes):
     """The smoke study with `section__key=value` changed."""
     content = {section: dict(values) for section, values in SMOKE.items()}
@@ -34,8 +40,10 @@ def load(tmp_path, **changes):
 
 
 @pytest.mark.parametrize("path", sorted(PARAMS_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_study_in_the_repository_is_fit_to_run(path):
+def test_every_study_in_the_repository_is_fit_to_run(path, home, monkeypatch):
     found = load_params(path)
+    if found["01_train_teacher"].data == "image_folder":
+        monkeypatch.setenv("PURSUHINT_DATA", str(image_folder(home / "images")))
     check_names(found, path.name)
     assert list(found) == list(STAGES) and all(stage.study == path.stem for stage in found.values())
 
@@ -100,9 +108,28 @@ def test_a_mistake_is_one_line_with_file_key_value_and_what_is_allowed(tmp_path,
         ("distill_students__methods", ["fit_net"], ["'fit_net'", "did you mean 'fitnet'"]),
         ("distill_students__methods", ["at+att"], ["methods = 'at+att'", "did you mean 'at'", "joined by +"]),
         ("distill_students__methods", ["dkd+wsld"], ["matches logits in 2 ways", "one of kd, dkd"]),
-        ("distill_students__methods", ["crd@last"], ["strategy 'last' is not among", "stage_ends, uniform"]),
+        ("distill_students__methods", ["wsld+cdr@last"], ["'wsld+cdr@last': unknown 'cdr'; did you mean 'crd'"]),
+        ("distill_students__methods", ["dkd@last"], ["'dkd@last': a logit loss takes no layers"]),
+        ("distill_students__methods", ["at+crd", "crd+at"], ["= 'crd+at': the same sum as 'at+crd'"]),
+        (
+            "distill_students__methods",
+            ["crd@clustered"],
+            [
+                "no hint points 'clustered' in this study; did you mean 'clustered_",
+                "stage_ends, uniform, random_0, clustered_r2_cca, clustered_linear_cka, last)",
+            ],
+        ),
+        ("distill_students__methods", ["crd@random"], ["'random' in this study; did you mean 'random_0'"]),
+        ("distill_students__methods", ["crd@random_7"], ["'random_7' in this study; did you mean 'random_0'"]),
+        ("distill_students__methods", ["crd@clustered_nonsense"], ["no hint points 'clustered_nonsense'"]),
+        ("distill_students__methods", ["at+crd@stage_ends_x"], ["'at+crd@stage_ends_x'", "did you mean 'stage_ends'"]),
         ("distill_students__hint_weights", {"fitnet": 3.0}, ["hint_weights = 'fitnet'", "allowed: at"]),
-        ("distill_students__logit_weights", {"kd": 3.0}, ["logit_weights = 'kd'", "unknown"]),
+        ("distill_students__hint_weights", {"at": 3.0}, ["hint_weights = {'at': 3.0}", "gradient", "balance: none"]),
+        ("distill_students__logit_weights", {"kd": 3.0}, ["logit_weights = 'kd': its weight is kd_weight"]),
+        ("distill_students__logit_weights", {"kd_std": 3.0}, ["logit_weights = 'kd_std': its weight is kd_weight"]),
+        ("distill_students__logit_weights", {"wsld": 3.0}, ["logit_weights = 'wsld': unknown", "(allowed: none)"]),
+        ("train_teacher__teacher_weights", "a.pth", ["teacher_weights = 'a.pth'", "a.pth are not there"]),
+        ("train_teacher__teacher_weights", "IMAGENET1K_V1", ["torchvision has none of resnet20_w8; name a file"]),
     ],
 )
 def test_a_name_that_the_library_does_not_know_is_one_line(tmp_path, place, value, says):
@@ -130,6 +157,8 @@ def test_a_name_that_the_library_does_not_know_is_one_line(tmp_path, place, valu
         ({**STREAMED, "image_size": 0}, ["image_size = 0", "allowed: 1 or more"]),
         ({"channel_statistics": "imagenet"}, ["channel_statistics = 'imagenet'", "digits are gray"]),
         ({"data": "cifar10", "data_folder": "/nowhere"}, ["data_folder = '/nowhere'", "no such folder"]),
+        ({**STREAMED, "data_folder": ""}, ["data_folder = ''", "train/ and test/ or val/; name the folder", "DATA="]),
+        ({**STREAMED, "data_folder": "."}, ["data_folder = '.'", "does not hold train/ and test/ or val/ (allowed"]),
         ({"device": "cuda:99"}, ["device = 'cuda:99'", "allowed here: auto, cpu"]),
         ({"teacher": "resnet18"}, ["teacher = 'resnet18'", "takes 3 channels, not 1"]),
         ({"data": "cifar10", "student": "alexnet"}, ["student = 'alexnet'", "cannot take images of 3x32x32"]),
@@ -137,6 +166,8 @@ def test_a_name_that_the_library_does_not_know_is_one_line(tmp_path, place, valu
     ],
 )
 def test_images_networks_and_device_that_do_not_fit_are_one_line(tmp_path, home, changes, says):
+    if changes.get("data") == "image_folder" and "data_folder" not in changes:
+        image_folder(home / "data")
     found = load(tmp_path, **{f"common__{key}": value for key, value in changes.items()})
     with pytest.raises(ParameterError) as error:
         check_names(found, "params/smoke.yaml")
@@ -145,7 +176,41 @@ def test_images_networks_and_device_that_do_not_fit_are_one_line(tmp_path, home,
     assert all(part in text for part in says), text
 
 
+def test_a_classifier_that_nobody_teaches_is_refused(tmp_path):
+    weights = {"distill_students__ce_weight": 0, "distill_students__kd_weight": 0}
+    with pytest.raises(ParameterError, match="^f: distill_students.kd_weight = 0.0: with ce_weight = 0.0, nothing .*"):
+        check_names(load(tmp_path, **weights), "f")
+    for place in weights:
+        check_names(load(tmp_path, **(weights | {place: 0.1})), "f")
+
+
+def test_hint_points_of_the_study_and_the_deepest_layer_can_stand_behind_a_method(tmp_path):
+    methods = ["at@last", "crd @ clustered_linear_cka", "fitnet@random_1 + at", "sp@subset_1_2_9"]
+    places = {"cluster_layers__strategies": ["random", "clustered", "subset"], "cluster_layers__random_draws": 2}
+    check_names(load(tmp_path, distill_students__methods=methods, **places), "f")
+    found = load(tmp_path, distill_students__methods=["at@subset_1_2_10"], **places)
+    with pytest.raises(ParameterError, match=r"allowed behind @: random_0, random_1, .* \.\.\. 89 in all\)$"):
+        check_names(found, "f")
+
+
+def test_hint_weights_without_balance_are_taken(tmp_path):
+    changes = {"distill_students__hint_weights": {"at": 3.0}, "distill_students__balance": "none"}
+    check_names(load(tmp_path, **changes), "f")
+
+
+@pytest.mark.parametrize("splits", [("train",), ("test", "val")])
+def test_an_image_folder_without_its_parts_is_refused(tmp_path, home, monkeypatch, splits):
+    monkeypatch.setenv("PURSUHINT_DATA", str(image_folder(home / "images", splits)))
+    found = load(tmp_path, **{f"common__{key}": value for key, value in STREAMED.items()})
+    with pytest.raises(
+        ParameterError, match=r"^f: PURSUHINT_DATA \(environment\) = .* does not hold train/ and"
+    ) as error:
+        check_names(found, "f")
+    assert "\n" not in str(error.value) and "name the folder" not in str(error.value)
+
+
 def test_streamed_images_without_noise_are_taken(tmp_path, home):
+    image_folder(home / "data", ("train", "val"))
     check_names(load(tmp_path, **{f"common__{key}": value for key, value in STREAMED.items()}), "params/smoke.yaml")
 
 

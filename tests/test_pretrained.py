@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 from pursuhint_lib.models import build_model, state_hash
-from pursuhint_lib.pretrained import load_weights
+from pursuhint_lib.pretrained import check_source, load_weights
 
 
 def network(classes=5, seed=0):
@@ -70,6 +70,22 @@ def test_unknown_weights_are_answered_with_those_there_are(home):
         load_weights(network(), "IMAGENET")
     with pytest.raises(ValueError, match="torchvision has none of resnet20"):
         load_weights(build_model("resnet20", 5), "IMAGENET1K_V1")
+
+
+def test_a_source_is_checked_without_reading_or_downloading_it(home, monkeypatch):
+    (home / "w.pth").write_bytes(b"no weights")
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", None)  # a download would fail
+    check_source("resnet18", "w.pth")
+    check_source("resnet18", "IMAGENET1K_V1")
+    for network, source, says in (
+        ("resnet18", "none.safetensors", "none.safetensors are not there"),
+        ("resnet18", "w.ckpt", "torchvision has IMAGENET1K_V1, DEFAULT of resnet18; or name a file"),
+        ("resnet18", "IMAGENET1K_V2", "torchvision has IMAGENET1K_V1, DEFAULT of resnet18"),
+        ("resnet20", "IMAGENET1K_V1", "torchvision has none of resnet20"),
+    ):
+        with pytest.raises((FileNotFoundError, ValueError), match=says) as error:
+            check_source(network, source)
+        assert "\n" not in str(error.value)
 
 
 def test_torchvisions_weights_are_taken_by_name_and_checked_or_said_to_be_out_of_reach(monkeypatch, theirs):
