@@ -112,7 +112,7 @@ class FitNet(HintMethod):
 class VariationalInformation(HintMethod):
     """VID: the teacher's feature should be likely under a Gaussian around an image of the student's.
 
-    The regressor is three 1x1 convolutions with ReLUs between them. A variance per channel is learned. It starts at the
+    The regressor is three 1x1 convolutions with ReLUs between them, started as He et al. 2015 start them. A variance per channel is learned. It starts at the
     mean square of the teacher's channel in the first batch, which is what a regressor that knows nothing leaves. (The
     benchmark starts at 5. Where features are smaller, the hint then grows far louder as the variance falls to their
     scale, and with a weight that was balanced at the first steps the training diverges.)
@@ -130,6 +130,10 @@ class VariationalInformation(HintMethod):
             nn.ReLU(),
             nn.Conv2d(channels, channels, kernel_size=1, bias=False),
         )
+        for convolution in self.regressor[::2]:
+            # As loud at the end as at the beginning (He et al. 2015). As torch starts them, three such layers leave a
+            # tenth of the gradient: a weight that is balanced then is far too large once the regressor has learned.
+            nn.init.kaiming_normal_(convolution.weight)
         self.raw_variance = nn.Parameter(torch.zeros(channels))
         self.register_buffer("started", torch.tensor(False))
 
