@@ -112,10 +112,11 @@ class FitNet(HintMethod):
 class VariationalInformation(HintMethod):
     """VID: the teacher's feature should be likely under a Gaussian around an image of the student's.
 
-    The regressor is three 1x1 convolutions with ReLUs between them, started as He et al. 2015 start them. A variance per channel is learned. It starts at the
-    mean square of the teacher's channel in the first batch, which is what a regressor that knows nothing leaves. (The
-    benchmark starts at 5. Where features are smaller, the hint then grows far louder as the variance falls to their
-    scale, and with a weight that was balanced at the first steps the training diverges.)
+    The regressor is three 1x1 convolutions with ReLUs between them, started as He et al. 2015 start them. A variance
+    per channel is learned. It starts at the mean square of the teacher's channel in the first batch, which is what a
+    regressor that knows nothing leaves. (The benchmark starts at 5. Where features are smaller, the hint then grows far
+    louder as the variance falls to their scale, and with a weight that was balanced at the first steps the training
+    diverges.)
     """
 
     published_weight = 1.0
