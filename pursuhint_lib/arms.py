@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from pursuhint_lib.controls import ControlTeacher
-from pursuhint_lib.data import Batches
+from pursuhint_lib.data import BatchSource
 from pursuhint_lib.features import FrozenTeacher
 from pursuhint_lib.hints import HintPair, HintPoints, pair_layers, select_hint_points
 from pursuhint_lib.learners import Distilled, Hint, SilentHint, balance_hints, check_hints, feature_key
@@ -225,7 +225,7 @@ class Distillation:
         p = self.params
         return Schedule(p.schedule, p.epochs, p.learning_rate, p.momentum, p.weight_decay)
 
-    def batches(self, seed: int) -> Batches:
+    def batches(self, seed: int) -> BatchSource:
         """What every student of `seed` is shown."""
         return training_batches(self.params, self.images, self.params.batch_size, seed, self.device)
 
@@ -374,11 +374,11 @@ def train_and_keep(
     folder: Path,
     arms: Mapping[str, str],
     build: Callable[[str], Learner],
-    batches: Batches,
+    batches: BatchSource,
     schedule: Schedule,
     *,
     teacher: FrozenTeacher | ControlTeacher | None = None,
-    validation: Batches,
+    validation: BatchSource,
     progress: Progress,
     dtype: torch.dtype = torch.float32,
     workers: int = 1,

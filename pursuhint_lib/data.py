@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -547,7 +547,32 @@ class Batch(NamedTuple):
     index: Tensor
 
 
-class Batches:
+class BatchSource:
+    """Batches of a set of images, pass by pass: `Batches` of images in memory, `folders.FolderBatches` of images on
+    disk. Order, crops and flips of a pass depend on (seed, epoch) alone.
+    """
+
+    image_set: Any  # with labels (N,), classes and a length
+    batch_size: int
+    shuffle: bool
+    seed: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return count_batches(len(self.image_set), self.batch_size, self.shuffle)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} x {self.batch_size} of {self.image_set!r} on {self.device})"
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of pass `epoch` (0, 1, ...). They may be taken in any order, left early or read side by side."""
+        raise NotImplementedError
+
+
+class Batches(BatchSource):
     """Normalized batches of an ImageSet that lives on the device as one uint8 tensor.
 
     ``for batch in batches.epoch(e)`` is one pass; ``for batch in batches`` is ``epoch(0)``, the pass for evaluation:
@@ -623,15 +648,6 @@ class Batches:
         self._scale, self._shift, self._noise_scale = (
             values.float().repeat(height * width).to(self.device) for values in factors
         )
-
-    def __len__(self) -> int:
-        return count_batches(len(self.image_set), self.batch_size, self.shuffle)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.epoch(0)
-
-    def __repr__(self) -> str:
-        return f"Batches({len(self)} x {self.batch_size} of {self.image_set!r} on {self.device})"
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of pass `epoch` (0, 1, ...). They may be taken in any order, left early or read side by side."""

@@ -27,6 +27,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from pursuhint_lib.data import (
     Batch,
+    BatchSource,
     ImageFile,
     ImageSet,
     checked_statistics,
@@ -167,7 +168,7 @@ def training_view(image: Image.Image, size: int, generator: torch.Generator) -> 
     return transforms.resized_crop(image, top, left, height, width, [size, size])
 
 
-class FolderBatches:
+class FolderBatches(BatchSource):
     """Normalized batches of a FolderSet, decoded anew in every pass: what `data.Batches` is for images in memory.
 
     ``for batch in batches.epoch(e)`` is one pass, ``for batch in batches`` is ``epoch(0)``, the pass for evaluation.
@@ -219,15 +220,6 @@ class FolderBatches:
         self._scale, self._shift = (
             values.float().repeat(height * width).to(self.device) for values in (1 / (255 * std), -mean / std)
         )
-
-    def __len__(self) -> int:
-        return count_batches(len(self.image_set), self.batch_size, self.shuffle)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.epoch(0)
-
-    def __repr__(self) -> str:
-        return f"FolderBatches({len(self)} x {self.batch_size} of {self.image_set!r} on {self.device})"
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of pass `epoch` (0, 1, ...). They may be taken in any order, left early or read side by side."""

@@ -8,7 +8,7 @@ loop knows nothing else of a method.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -287,7 +287,7 @@ def balance_hints(
     weights = torch.tensor([own * base / norm for own, norm in zip(shares, hints, strict=True)])
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     squares = []
-    with _buffers_kept(learner):
+    with _state_kept(learner):
         for batch, observation in zip(batches, observations, strict=True):
             teaching = learner._draw()  # all, unless redrawn
             _, _, _, terms = learner._terms(batch, observation, teaching)
@@ -305,7 +305,7 @@ def _first_gradients(
     """Norms of the gradient, root mean square over the batches: of labels and logits, and of each pair's own term."""
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     base, squares, sizes = 0.0, [0.0] * len(learner.pairs), [0.0] * len(learner.pairs)
-    with _buffers_kept(learner):
+    with _state_kept(learner):
         for batch, observation in zip(batches, observations, strict=True):
             _, cls, logit_term, hints = learner._terms(batch, observation, range(len(learner.pairs)))
             base += _square_norm(learner.ce_weight * cls + learner.logit_weight * logit_term, parameters)
@@ -325,44 +325,49 @@ def gradient_norms(learner: Distilled, batch: Batch, observation: Observation) -
 
     Keys: cls, the logit loss, and one per pair, "teacher layer -> student layer", the teacher's by its `feature_key`,
     behind the method where there are several; of redrawn hints all candidate pairs, each as loud as it is when drawn;
-    all methods as in their main phase. Batch-norm statistics and step are left as they were.
+    all methods as in their main phase. The learner's weights, buffers and step are left as they were.
     """
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
-    with _buffers_kept(learner):
+    with _state_kept(learner):
         _, cls, logit_term, hints = learner._terms(batch, observation, range(len(learner.pairs)))
         terms = {"cls": learner.ce_weight * cls, learner.logit_loss: learner.logit_weight * logit_term}
         for number, name in enumerate(_pair_names(learner)):
             terms[name] = learner.hint_weights[number] * hints[number]
-        # Before the buffers are put back: the backward passes still need them.
+        # Before the state is put back: the backward passes still need it.
         return {name: _square_norm(term, parameters) ** 0.5 for name, term in terms.items()}
 
 
-def shares_of_gradient(learner: nn.Module, terms: dict[str, Tensor]) -> dict[str, float]:
+def weighted_terms(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of what `losses` returned: name of a term -> what it adds to the loss."""
+    return {name.removeprefix("weighted_"): term for name, term in terms.items() if name.startswith("weighted_")}
+
+
+def shares_of_gradient(learner: nn.Module, terms: Mapping[str, Tensor]) -> dict[str, float]:
     """The norm of each weighted term's gradient with respect to the student's parameters, over the sum of all norms.
 
     terms: what `losses` returned; its graph is kept. A gradient that is mere rounding counts as none. Keys: the terms'
     names; none, if no term is weighted.
     """
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
-    weighted = {name.removeprefix("weighted_"): term for name, term in terms.items() if name.startswith("weighted_")}
-    norms = {name: _square_norm(term, parameters) ** 0.5 for name, term in weighted.items()}
-    norms = {
-        name: 0.0 if norm <= ROUNDING * abs(float(weighted[name].detach())) else norm for name, norm in norms.items()
-    }
+    norms = {}
+    for name, term in weighted_terms(terms).items():
+        norm = _square_norm(term, parameters) ** 0.5
+        norms[name] = 0.0 if norm <= ROUNDING * abs(float(term.detach())) else norm
     total = sum(norms.values())
     return {name: norm / total if total else 0.0 for name, norm in norms.items()}
 
 
 @contextlib.contextmanager
-def _buffers_kept(learner: Distilled) -> Iterator[None]:
-    """In train mode inside the block; after it, every buffer is as it was."""
-    buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
+def _state_kept(learner: Distilled) -> Iterator[None]:
+    """In train mode inside the block; after it, parameters and buffers are as they were."""
+    before = [(tensor, tensor.detach().clone()) for tensor in (*learner.parameters(), *learner.buffers())]
     learner.train()
     try:
         yield
     finally:
-        for name, buffer in learner.named_buffers():
-            buffer.copy_(buffers[name])
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
 
 
 def _pair_names(learner: Distilled) -> list[str]:

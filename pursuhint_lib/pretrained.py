@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from pursuhint_lib import storage
 from pursuhint_lib.arms import kept_file, training_key
-from pursuhint_lib.data import Batches
+from pursuhint_lib.data import BatchSource
 from pursuhint_lib.evaluation import accuracy
-from pursuhint_lib.folders import FolderBatches
 from pursuhint_lib.models import check_fit, save_model, state_hash
 from pursuhint_lib.training import predict
 
@@ -105,7 +104,7 @@ def keep_pretrained(
     folder: Path,
     teacher: nn.Module,
     seed: int,
-    validation: Batches | FolderBatches,
+    validation: BatchSource,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[pd.DataFrame, str]:
     """Keep a teacher that was trained elsewhere where `arms.train_and_keep` keeps one that was trained here.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pursuhint_lib.data import Batches, ImageSet, balanced_subset, channel_stats, hold_out, load_images
+from pursuhint_lib.data import Batches, BatchSource, ImageSet, balanced_subset, channel_stats, hold_out, load_images
 from pursuhint_lib.folders import IMAGENET_MEAN, IMAGENET_STD, FolderBatches, FolderSet, load_folders
 from pursuhint_lib.learners import seeded
 from pursuhint_lib.models import build_model
@@ -80,7 +80,7 @@ def study_images(params: Images) -> StudyImages:
 
 def training_batches(
     params: Images, images: StudyImages, batch_size: int, seed: int, device: torch.device
-) -> Batches | FolderBatches:
+) -> BatchSource:
     """Shuffled, augmented batches of the training images; the order and every draw depend on (seed, epoch) alone."""
     if params.streaming:
         return FolderBatches(
@@ -111,19 +111,19 @@ def training_batches(
     )
 
 
-def fixed_batches(params: Images, images: StudyImages, which: str, device: torch.device) -> Batches | FolderBatches:
+def fixed_batches(params: Images, images: StudyImages, which: str, device: torch.device) -> BatchSource:
     """Batches of `which` ("validation" or "test") in their own order, not augmented, with noise that never changes."""
     return _fixed(params, images, getattr(images, which), which, device)
 
 
-def probe_batches(params: Images, images: StudyImages, size: int, device: torch.device) -> Batches | FolderBatches:
+def probe_batches(params: Images, images: StudyImages, size: int, device: torch.device) -> BatchSource:
     """The images that layers are compared on: a seeded, class-balanced subset of the training images, not augmented."""
     return _fixed(params, images, balanced_subset(images.train, size, params.split_seed), "probe", device)
 
 
 def _fixed(
     params: Images, images: StudyImages, which: ImageSet | FolderSet, stream: str, device: torch.device
-) -> Batches | FolderBatches:
+) -> BatchSource:
     if params.streaming:
         return FolderBatches(
             which, FIXED_BATCH_SIZE, mean=images.mean, std=images.std, loaders=params.loaders, device=device

@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pursuhint_lib.data import Batch, Batches
+from pursuhint_lib.data import Batch, BatchSource
 from pursuhint_lib.features import FrozenTeacher, Observation
-from pursuhint_lib.learners import shares_of_gradient
+from pursuhint_lib.learners import shares_of_gradient, weighted_terms
 from pursuhint_lib.storage import written_whole
 
 Learner = nn.Module  # with what `learners` says: model, teacher_layers, needs_teacher, silent, losses
@@ -83,14 +83,17 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def predict(model: nn.Module, batches: Batches, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, batches: BatchSource, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Logits (N, K) float32 and labels (N,) of epoch 0 of `batches`, in eval mode, on the CPU. The mode is put back."""
     logits, labels = _predict_all({"": model}, batches, dtype, lambda do, names: [do(name) for name in names])
     return logits[""], labels
 
 
 def _predict_all(
-    models: Mapping[str, nn.Module], batches: Batches, dtype: torch.dtype, each: Callable[[Callable, Iterable], list]
+    models: Mapping[str, nn.Module],
+    batches: BatchSource,
+    dtype: torch.dtype,
+    each: Callable[[Callable, Iterable], list],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """As `predict` for several networks, each batch being drawn (or decoded) once. each(do, names): see `_Workers`."""
     modes = {name: model.training for name, model in models.items()}
@@ -111,11 +114,11 @@ def _predict_all(
 
 def fit(
     learners: Mapping[str, Learner],
-    batches: Batches,
+    batches: BatchSource,
     schedule: Schedule,
     *,
     teacher: FrozenTeacher | None = None,
-    validation: Batches | None = None,
+    validation: BatchSource | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[int, pd.DataFrame], None] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -126,9 +129,9 @@ def fit(
     Columns: arm, seed (of `batches`), epoch (from 1), learning_rate (of the epoch's first step), loss and every term,
     unweighted (means over the images of those steps that had it), loss_share_<term> (what it adds to the loss, over the
     sum of what all add, signs aside), gradient_share_<term> (the norm of its gradient over the sum of all terms', at
-    the epoch's first step, and again when a term joins later in the epoch),
-    val_accuracy, val_loss (after the epoch), status ("trained" or "failed"), reason (of a failure), seconds (of the
-    whole group), finished (UNIX time). All learners end in eval mode.
+    the epoch's first step, and again when a term joins later in the epoch), val_accuracy, val_loss (after the epoch),
+    status ("trained" or "failed"), reason (of a failure), seconds (of the whole group), finished (UNIX time). All
+    learners end in eval mode.
 
     checkpoint: a file that is rewritten after each epoch and taken up by the next call with the same learners, or with
     some of them; it is removed by the caller, when the results are safe. on_epoch(epoch, rows) is called after each
@@ -174,11 +177,10 @@ def fit(
                     _seed_dropout(device, seed)
                     with autocast(device, dtype):
                         terms = learner.losses(batch, observation, progress)
-                    if not _weighted(terms) <= set(
-                        means[name].gradient_shares
-                    ):  # first step, or a term that joins later
+                    measured = means[name].gradient_shares
+                    if any(term not in measured for term in weighted_terms(terms)):  # at first, and when one joins
                         shares = shares_of_gradient(learner, terms)
-                        means[name].gradient_shares |= shares
+                        measured |= shares
                         learner.silent = _silent(terms, shares)
                     _step(optimizers[name], terms["loss"], schedule.learning_rate_at(progress))
                     means[name].add(terms, len(batch.labels))
@@ -320,10 +322,6 @@ def _step(optimizer: torch.optim.SGD, loss: Tensor, rate: float) -> None:
         if p.requires_grad and p.grad is None:
             p.grad = torch.zeros_like(p)
     optimizer.step()
-
-
-def _weighted(terms: Mapping[str, Tensor]) -> set[str]:
-    return {name.removeprefix("weighted_") for name in terms if name.startswith("weighted_")}
 
 
 def _silent(terms: Mapping[str, Tensor], gradient_shares: Mapping[str, float]) -> str:
