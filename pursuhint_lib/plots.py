@@ -378,6 +378,28 @@ def accuracy_dots(ax: Axes, results: pd.DataFrame, column: str, label: str, teac
     ax.set_axisbelow(True)
 
 
+def measures(
+    ax: Axes, table: pd.DataFrame, arms: Sequence[str], names: Mapping[str, str], label: str, *, percent: bool = False
+) -> None:
+    """Means of some measures side by side: a row per arm, first on top, a color per measure, intervals as lines.
+
+    table: columns arm, measure, mean, low, high. names: measure -> what the legend calls it.
+    """
+    scale = 100 if percent else 1
+    for i, (measure, name) in enumerate(names.items()):
+        rows = table[table["measure"] == measure].set_index("arm").reindex(arms)
+        places = np.arange(len(rows)) + 0.3 * (i - (len(names) - 1) / 2)
+        color, shape = COLORS[i % len(COLORS)], "os^D"[i % 4]
+        ax.hlines(places, scale * rows["low"], scale * rows["high"], color=color, lw=1.2, alpha=0.6)
+        ax.plot(scale * rows["mean"], places, shape, color=color, ms=4.5, label=name)
+    ax.set_yticks(range(len(arms)), arms)
+    ax.set_ylim(len(arms) - 0.4, -0.6)
+    ax.set(xlabel=label)
+    ax.grid(axis="x", color="#eeeeee")
+    ax.set_axisbelow(True)
+    ax.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
+
+
 def differences(ax: Axes, summary: pd.DataFrame, reference: str, confidence: float) -> None:
     """Forest plot: paired difference of each arm to `reference` with its interval, in points; zero as a line."""
     rows = summary.dropna(subset=["difference"]).sort_values("difference", ascending=False, ignore_index=True)
