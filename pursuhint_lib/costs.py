@@ -21,7 +21,7 @@ from pursuhint_lib.provenance import hardware
 from pursuhint_lib.training import autocast
 
 LARGE_BATCH = 64
-LONGEST_PASS = 0.25  # seconds: `speed_table` takes a smaller batch rather than wait longer for one pass
+LONGEST_PASS = 1.0  # seconds: `speed_table` takes a smaller batch rather than wait longer for one pass
 
 
 def cost_table(networks: Mapping[str, tuple[str, nn.Module]], image_shape: tuple[int, int, int]) -> pd.DataFrame:
@@ -84,8 +84,8 @@ def speed_table(
 ) -> pd.DataFrame:
     """Each network (role -> model) on one image and on a batch: one row per role and batch, see `measure_speed`.
 
-    The batch is LARGE_BATCH images, or the largest power of two of which the slowest network should need no longer than
-    LONGEST_PASS seconds; where that is 1, there are no rows of a batch.
+    The batch is LARGE_BATCH images, or the largest power of two that takes the slowest network no longer than
+    LONGEST_PASS seconds, at its time for one image; where that is 1, there are no rows of a batch.
     """
     single = {role: measure_speed(model, image_shape, 1, device, dtype) for role, model in networks.items()}
     slowest = max(row["latency_ms"] for row in single.values()) / 1000

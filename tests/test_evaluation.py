@@ -43,12 +43,25 @@ def test_accuracy_loss_agreement_and_divergence_by_hand():
 
 
 def test_calibration_error_by_hand():
-    # Confidences 0.9, 0.91 (one bin of 15: 13/15 to 14/15), 0.6, and labels that make them right, wrong, right.
-    confidences = torch.tensor([0.9, 0.91, 0.6], dtype=torch.float64)
+    # Of 15 bins, 0.9 and 0.91 are in one (13/15 to 14/15), 0.95 and 0.6 have others; only 0.91 is wrong.
+    confidences = torch.tensor([0.9, 0.91, 0.95, 0.6], dtype=torch.float64)
     logits = torch.stack([confidences, 1 - confidences], dim=1).log()
-    expected = 2 / 3 * abs(0.5 - 0.905) + 1 / 3 * abs(1 - 0.6)
-    found = score(logits, torch.tensor([0, 1, 0]), logits, 1.0)
+    expected = 2 / 4 * abs(0.5 - 0.905) + 1 / 4 * abs(1 - 0.95) + 1 / 4 * abs(1 - 0.6)
+    found = score(logits, torch.tensor([0, 1, 0, 0]), logits, 1.0)
     assert found["ece"] == found["ece_scaled"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_calibration_error_equals_its_formula_where_gaps_have_both_signs():
+    student, _, teacher = drawn()
+    labels = torch.multinomial(student.softmax(1), 1, generator=torch.Generator().manual_seed(2))[:, 0]
+    expected = by_formula(student, labels, teacher, 1.0)["ece"]
+    assert score(student, labels, teacher, 1.0)["ece"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_confidence_of_one_counts_in_the_last_bin():
+    logits = torch.tensor([[1000.0, 0.0], [3.0, 0.0]])  # certain and wrong, 0.95 and right
+    expected = abs(0.5 - (1 + 1 / (1 + math.exp(-3))) / 2)
+    assert score(logits, torch.tensor([1, 0]), logits, 1.0)["ece"] == pytest.approx(expected, abs=1e-6)
 
 
 def by_formula(logits, labels, teacher, temperature):
@@ -121,7 +134,6 @@ def test_huge_logits_give_finite_measures(scale):
     student, labels, teacher = drawn(scale=scale)
     found, expected = score(student, labels, teacher, 0.01), by_formula(student, labels, teacher, 0.01)
     assert all(math.isfinite(value) for value in found.values())
-    # Nearly every confidence is 1, and counts in the last bin, not in one more.
     assert found["ece"] == pytest.approx(expected["ece"], abs=1e-6) == pytest.approx(1 - found["accuracy"], abs=1e-3)
 
 
