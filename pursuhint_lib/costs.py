@@ -90,7 +90,7 @@ def speed_table(
     single = {role: measure_speed(model, image_shape, 1, device, dtype) for role, model in networks.items()}
     slowest = max(row["latency_ms"] for row in single.values()) / 1000
     batch = LARGE_BATCH
-    while batch > 1 and batch * slowest > LONGEST_PASS:
+    while batch * slowest > LONGEST_PASS:
         batch //= 2
     rows = []
     for role, model in networks.items():

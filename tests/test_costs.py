@@ -143,7 +143,7 @@ def test_both_networks_are_measured_on_one_image_and_on_the_same_batch():
     assert list(table.columns) == [*expected, "device", "threads", "precision"]
 
 
-@pytest.mark.parametrize("slowest, batches", [(0.0001, [1, 64]), (LONGEST_PASS / 20, [1, 16]), (1.0, [1])])
+@pytest.mark.parametrize("slowest, batches", [(0.0001, [1, 64]), (LONGEST_PASS / 20, [1, 16]), (3.0, [1])])
 def test_the_batch_is_smaller_where_the_slowest_network_is_slow(monkeypatch, slowest, batches):
     def measured(model, image_shape, batch, device, dtype):
         return {"batch": batch, "latency_ms": 1000 * slowest if model == "slow" else 0.01}
