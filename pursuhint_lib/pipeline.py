@@ -96,6 +96,7 @@ STAGES = (
             "first_last.csv",
             "teachers.csv",
             "resamples.csv",
+            "timings.csv",
         ),
         compared=("layers_*.csv", "similarity_*.csv", "sizes.csv", "teachers.csv", "resamples.csv"),
         share=0.07,
@@ -110,8 +111,8 @@ STAGES = (
     Stage(
         "04_distill_students",
         reads=("01_train_teacher", "02_profile_layers", "03_cluster_layers"),
-        writes=("networks/*.safetensors", "students.csv", "pairs.csv", "histories.csv", "timings.csv"),
-        compared=("students.csv", "pairs.csv", "histories.csv"),
+        writes=("networks/*.safetensors", "students.csv", "pairs.csv", "adapters.csv", "histories.csv", "timings.csv"),
+        compared=("students.csv", "pairs.csv", "adapters.csv", "histories.csv"),
         resumes=True,
         pieces="networks/*.safetensors",
         share=0.55,

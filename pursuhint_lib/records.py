@@ -30,7 +30,7 @@ FAILED = "failed.ipynb"
 RUNNING = "running.ipynb"
 _NOT_OUTPUTS = (RECORD, "progress.json", FAILED, RUNNING)  # and whatever has a part that starts with a dot
 # Files that differ between equal runs (times, dates). They are outputs, but nothing that follows may depend on them.
-_VOLATILE = ("timings.csv", "histories/*.csv", EXECUTED, "*.pdf")
+_VOLATILE = ("timings.csv", "speed.csv", "histories/*.csv", EXECUTED, "*.pdf")
 
 
 @dataclass(frozen=True)

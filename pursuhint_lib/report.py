@@ -400,8 +400,8 @@ def _figures(facts: Facts, runs: Path, pictures: Mapping[str, Path]) -> list[dic
 
 
 def _tables(runs: Path) -> list[Path]:
-    """Tables worth keeping: not what differs between equal runs, nor the samples that stability.csv and partitions.csv
-    sum up.
+    """Tables worth keeping: not what tells of one run alone (but speed.csv, which the page shows), nor the samples that
+    stability.csv and partitions.csv sum up.
     """
     left_out = {"record.json", "progress.json", "timings.csv", "resamples.csv", "sizes.csv"}
     found = (path for stage in STAGES for path in sorted((runs / stage).glob("*")) if path.suffix in (".csv", ".json"))

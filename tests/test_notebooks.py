@@ -100,10 +100,10 @@ def study(tmp_path_factory):
 
 
 def results(home):
-    """Bytes of all tables and networks of a study, but for timings and what only tells of runs."""
+    """Bytes of all tables and networks of a study, but for what was measured by the clock and what only tells of runs."""
     runs = home / "runs" / "smoke"
     files = [*runs.glob("0*/*.csv"), *runs.glob("0*/*.json"), *runs.glob("0*/networks/*")]
-    volatile = ("timings.csv", "record.json", "progress.json")
+    volatile = ("timings.csv", "speed.csv", "record.json", "progress.json")
     return {str(f.relative_to(runs)): f.read_bytes() for f in files if f.name not in volatile}
 
 

@@ -661,11 +661,28 @@ def test_a_study_whose_image_folder_is_not_there_is_refused(home, monkeypatch):
     assert Sources().images(cifar) == ""  # a first run downloads them
 
 
-def test_earlier_stages_count_by_their_bytes_without_times():
-    notebook = REPOSITORY / "does-not-matter.ipynb"
+def test_earlier_stages_count_by_their_bytes_without_times(toy):
+    outputs = {"results.csv": "1", "timings.csv": "2", "speed.csv": "3", "histories/kd-s0.csv": "4"}
+    found = records.inputs_of(
+        STAGES[1],
+        {},
+        toy.root / "notebooks/02_judge.ipynb",
+        toy.root / "toylib",
+        toy.root / "requirements.lock",
+        {"01_make": {"outputs": outputs}},
+    )
+    assert found["reads"] == {"01_make": {"results.csv": "1"}}
+
+
+def test_outputs_are_found_by_pattern_and_a_missing_notebook_is_named():
     assert records.matching({"a/x.csv": "1", "b.csv": "2"}, ("a/*.csv",)) == {"a/x.csv": "1"}
     with pytest.raises(FileNotFoundError, match="is not there"):
-        records.notebook_hash(notebook)
+        records.notebook_hash(REPOSITORY / "does-not-matter.ipynb")
+
+
+def test_what_the_clock_measures_is_never_compared():
+    for stage in Sources().stages:
+        assert not records.matching(dict.fromkeys(("timings.csv", "speed.csv"), ""), stage.compared)
 
 
 # --- Verdict
