@@ -20,6 +20,7 @@ below it plus half the share of those equal to it (`scipy.stats.percentileofscor
 itself, so that the best of 84 stands at 83.5/84, the worst at 0.5/84, and on average they stand at one half.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -114,6 +115,7 @@ def variance_components(accuracy: pd.DataFrame, confidence: float = 0.95) -> dic
     }
     found = {"mean": float(mean)}
     for source, (ss, df) in squares.items():
+        ss = ss if ss > 1e-24 else 0.0  # no more than rounding
         found |= {f"ss_{source}": ss, f"df_{source}": df, f"ms_{source}": ss / df if df > 0 else math.nan}
     df, df_residual = found["df_subset"], found["df_residual"]
     ms, residual = found["ms_subset"], found["ms_residual"]
@@ -122,7 +124,7 @@ def variance_components(accuracy: pd.DataFrame, confidence: float = 0.95) -> dic
     # F-distributed whatever the true components are: f / (1 + n ratio). `least` and `most` bound 1 + n ratio.
     least, most = f / stats.f.ppf(upper, df, df_residual), f / stats.f.ppf(lower, df, df_residual)
     between = [
-        found["ss_subset"] * (1 - stats.f.ppf(q, df, df_residual) / f) / (n * stats.chi2.ppf(q, df))
+        (found["ss_subset"] - df * residual * stats.f.ppf(q, df, df_residual)) / (n * stats.chi2.ppf(q, df))
         for q in (upper, lower)
     ]
     return found | {
@@ -155,6 +157,7 @@ def _share(f: float, n: int) -> float:
     return (f - 1) / (f - 1 + n)
 
 
+@functools.cache
 def expected_maximum(n: int) -> float:
     """Expected largest of n standard normal variables."""
     return float(stats.norm.expect(lambda x: x * n * stats.norm.cdf(x) ** (n - 1)))
@@ -188,7 +191,7 @@ def true_effects(accuracy: pd.DataFrame, draws: int = DRAWS) -> tuple[np.ndarray
     deviation = accuracy.mean(axis="columns").to_numpy() - found["mean"]
     residual = found["ss_residual"] / stream.chisquare(found["df_residual"], (draws, 1))
     total = found["ss_subset"] / stream.chisquare(found["df_subset"], (draws, 1))
-    with np.errstate(invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         trusted = np.nan_to_num(np.maximum(0.0, 1 - residual / total))
     ordered = np.sqrt(trusted) * deviation + np.sqrt(residual / n) * stream.standard_normal((draws, len(deviation)))
     return np.sqrt(trusted) * ordered, ordered
@@ -353,7 +356,7 @@ def landscape_facts(
 
 
 def _left_out(layout: Layout) -> list[str]:
-    """Of all subsets of the layers, those that are not compared; one whose students all failed may have no row at all."""
+    """Of all subsets of the layers, those not compared; one whose students all failed may have no row at all."""
     deepest, hints = max(map(max, layout.depths.values())), len(next(iter(layout.depths.values())))
     there = {layout.depths[arm] for arm in layout.complete.index}
     return [_name(d) for d in itertools.combinations(range(1, deepest + 1), hints) if d not in there]
@@ -447,9 +450,9 @@ def _sentences(method: str, found: Mapping[str, Any], placed: pd.DataFrame) -> I
         elif low != low:
             yield f"{name} stands at percentile {seen:.0f}, by how much noise is unknown."
         else:
-            yield f"{name} stands at percentile {seen:.0f}; without seed noise it could stand anywhere from {low:.0f} to"
-            yield f"{high:.0f} ({sure} interval). The best subset is better than it by about {_points(row['gain'])}, by"
-            yield f"{_points(row['gain_high'])} at most (upper end of the {sure} interval)."
+            yield f"{name} stands at percentile {seen:.0f}; without seed noise it could stand anywhere from {low:.0f}"
+            yield f"to {high:.0f} ({sure} interval). The best subset is better than it by about"
+            yield f"{_points(row['gain'])}, by {_points(row['gain_high'])} at most (upper end of the {sure} interval)."
 
 
 def _points(fraction: float) -> str:
