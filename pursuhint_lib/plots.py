@@ -421,7 +421,7 @@ def landscape(ax: Axes, table: pd.DataFrame, placement: pd.DataFrame, references
     ax.scatter(rank, 100 * rows["mean"], s=14, color="#333333", lw=0, zorder=3)
     for name, value in references.items():
         ax.axhline(100 * value, color=REFERENCE if name == "kd" else UNAIDED, lw=1.2, ls="--", zorder=1)
-        ax.annotate(name, (1, 100 * value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        ax.annotate(f" {name}", (1, 100 * value), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     ends = [rows["low"].min(), rows["high"].max(), rows["noise_low"].min(), rows["noise_high"].max()]
     ends += [rows["mean"].min(), rows["mean"].max(), *references.values()]
     bottom, top = 100 * np.nanmin(ends), 100 * np.nanmax(ends)
@@ -457,7 +457,7 @@ def position_curve(ax: Axes, positions: pd.DataFrame, layers: pd.DataFrame, refe
     ax.plot(positions["depth"], 100 * positions["mean"], marker="o", color="#333333")
     for name, value in references.items():
         ax.axhline(100 * value, color=REFERENCE if name == "kd" else UNAIDED, lw=1.2, ls="--")
-        ax.annotate(name, (1, 100 * value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        ax.annotate(f" {name}", (1, 100 * value), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     ax.set(xlabel="depth of the only hint (candidate layer)", ylabel="accuracy (%)")
     ax.set_title("One hint alone; shaded around the line: interval of the mean")
 
