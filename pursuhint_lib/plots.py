@@ -427,3 +427,86 @@ def probabilities(axes: Sequence[Axes], table: pd.DataFrame) -> None:
     for ax, (temperature, rows) in zip(axes, table.groupby("temperature"), strict=True):
         bars(ax, list(rows["label"]), list(rows["probability"]), "probability")
         ax.set(title=f"T = {temperature:g}", xlim=(0, 1.15))
+
+
+def landscape(ax: Axes, table: pd.DataFrame, placement: pd.DataFrame, references: Mapping[str, float]) -> None:
+    """All subsets of one hint method by their mean accuracy, worst first, in %: a dot with its interval each, named
+    choices marked with their percentile, references as lines; the band is where the dots would lie by seed noise alone.
+    Incomplete subsets are not drawn.
+
+    table, placement: of `landscape.subset_table` and `landscape.placement`; references: name -> accuracy (kd, unaided).
+    """
+    rows = table.dropna(subset=["percentile"]).iloc[::-1].reset_index(drop=True)
+    rank = rows.index + 1
+    ax.fill_between(rank, 100 * rows["noise_low"], 100 * rows["noise_high"], color=COLORS[1], alpha=0.3, lw=0)
+    ax.vlines(rank, 100 * rows["low"], 100 * rows["high"], color="#dddddd", lw=1.2, zorder=1)
+    ax.scatter(rank, 100 * rows["mean"], s=14, color="#333333", lw=0, zorder=3)
+    for name, value in references.items():
+        ax.axhline(100 * value, color=REFERENCE if name == "kd" else UNAIDED, lw=1.2, ls="--", zorder=1)
+        ax.annotate(f" {name}", (1, 100 * value), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    ends = [rows["low"].min(), rows["high"].max(), rows["noise_low"].min(), rows["noise_high"].max()]
+    ends += [rows["mean"].min(), rows["mean"].max(), *references.values()]
+    bottom, top = 100 * np.nanmin(ends), 100 * np.nanmax(ends)
+    step = 0.07 * (top - bottom)
+    # Outermost names highest, each in a row of its own and written towards the middle: no two meet.
+    named = rows[rows["layers"].isin(placement.dropna(subset=["percentile"])["layers"])]
+    inwards = sorted(named.index, key=lambda i: min(i, len(rows) - 1 - i), reverse=True)
+    for level, i in enumerate(inwards):
+        row = rows.loc[i]
+        color = COLORS[0] if "clustered" in row["strategies"] else COLORS[3]
+        height = top + (level + 0.8) * step
+        ax.plot([i + 1, i + 1], [100 * row["mean"], height], color=color, lw=0.9, zorder=2)
+        ax.plot(i + 1, 100 * row["mean"], "D", color=color, ms=7, mec="white", zorder=4)
+        names = row["strategies"].replace(", ", " = ")
+        text = f" {names}, {row['layers']}: percentile {100 * row['percentile']:.0f} "
+        side = "left" if i < len(rows) / 2 else "right"
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        ax.annotate(text, (i + 1, height), ha=side, va="center", fontsize=8, color=color, bbox=box, zorder=5)
+    ax.set(xlim=(0, len(rows) + 1), ylim=(bottom - step, top + (len(named) + 1) * step))
+    ax.set(xlabel="subsets of layers, sorted by mean", ylabel="accuracy (%)")
+    shown = "; lines: interval of each mean; shaded: all that seed noise alone would spread"
+    ax.set_title(f"All {len(rows)} choices{shown if rows['noise_low'].notna().any() else ''}")
+
+
+def position_curve(ax: Axes, positions: pd.DataFrame, layers: pd.DataFrame, references: Mapping[str, float]) -> None:
+    """Accuracy of one hint alone against its depth, in %, with intervals; stages as shaded ground, references as lines.
+
+    positions: rows of one hint method of `landscape.position_curve`; layers: the teacher's layer table.
+    """
+    stages_behind(ax, layers)
+    positions = positions.sort_values("depth")
+    ax.fill_between(positions["depth"], 100 * positions["low"], 100 * positions["high"], color=QUIET, alpha=0.3, lw=0)
+    ax.plot(positions["depth"], 100 * positions["mean"], marker="o", color="#333333")
+    for name, value in references.items():
+        ax.axhline(100 * value, color=REFERENCE if name == "kd" else UNAIDED, lw=1.2, ls="--")
+        ax.annotate(f" {name}", (1, 100 * value), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    ax.set(xlabel="depth of the only hint (candidate layer)", ylabel="accuracy (%)")
+    ax.set_title("One hint alone; shaded around the line: interval of the mean")
+
+
+def layer_effects(axes: Sequence[Axes], effects: pd.DataFrame, layers: pd.DataFrame) -> None:
+    """What it changes to have a layer among the hint points, in points, with intervals: a panel per hint ("any", then
+    each of the M from the shallowest).
+
+    effects: rows of one hint method of `landscape.layer_effects`; layers: the teacher's layer table.
+    """
+    for ax, (hint, rows) in zip(axes, effects.groupby("hint", sort=False), strict=True):
+        stages_behind(ax, layers)
+        ax.vlines(rows["depth"], 100 * rows["low"], 100 * rows["high"], color=QUIET, lw=2)
+        ax.plot(rows["depth"], 100 * rows["mean"], "o", color="#333333")
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set(xlabel="depth", title="as any hint" if hint == "any" else f"as hint {hint} of the subset")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_ylabel("with the layer minus without (points)")
+
+
+def stages_behind(ax: Axes, layers: pd.DataFrame) -> None:
+    """Stages as shaded ground along depth, named on top inside; layers: the teacher's layer table."""
+    for stage, rows in layers.groupby("stage"):
+        ax.axvspan(rows["depth"].min() - 0.5, rows["depth"].max() + 0.5, color=stage_color(stage), alpha=0.1, lw=0)
+        place = (rows["depth"].mean(), 0.99)
+        named = {"ha": "center", "va": "top", "fontsize": 8, "color": stage_color(stage)}
+        ax.annotate(f"stage {stage}", place, xycoords=("data", "axes fraction"), **named)
+    ax.set_xlim(0.5, len(layers) + 0.5)
+    ax.margins(y=0.15)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
