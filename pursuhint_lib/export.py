@@ -136,7 +136,7 @@ def choose_student(study: str, arm: str = "", seed: int | str | None = None) -> 
     results, students = _tables(study)
     by_validation = not arm
     if by_validation:
-        summary = read_table(_runs(study) / "05_evaluate" / "summary.csv").fillna({"same_as": ""})
+        summary = _read_arms(_runs(study) / "05_evaluate" / "summary.csv")
         aided = summary[(summary["arm"] != "unaided") & (summary["same_as"] == "")].sort_values("arm")
         if aided["val_mean"].isna().all():
             raise ValueError(f"study {study} has no aided student (--arm unaided exports one without a teacher)")
@@ -180,8 +180,13 @@ def _tables(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     tables = [_runs(study) / name for name in ("05_evaluate/results.csv", "04_distill_students/students.csv")]
     if not all(path.exists() for path in tables):
         raise ValueError(f"study {study} has no results yet; '{command_line('reproduce', study)}' goes on with it")
-    results, students = (read_table(path).astype({"same_as": object}).fillna({"same_as": ""}) for path in tables)
+    results, students = map(_read_arms, tables)
     return results, students
+
+
+def _read_arms(path: Path) -> pd.DataFrame:
+    """A table whose empty texts in same_as read back as empty texts, also where it has no other."""
+    return read_table(path).astype({"same_as": object}).fillna({"same_as": ""})
 
 
 # ---------------------------------------------------------------------------------------------------------- exporting

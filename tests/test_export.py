@@ -133,6 +133,14 @@ def test_test_images_have_no_say(study):
     assert choose_student("toy") == before
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_study_in_which_no_arm_repeats_another_is_read_too(study):
+    for path in (study / "05_evaluate" / "results.csv", study / "05_evaluate" / "summary.csv"):
+        table = pd.read_csv(path)
+        save_table(table[table["same_as"].isna()], path)
+    assert choose_student("toy")[:2] == ("at_clustered_r2_cca", 0)
+
+
 def test_an_arm_that_repeats_another_gives_the_others_student(study):
     choice = choose_student("toy", "at_stage_ends")
     assert choice[:2] == ("at_uniform", 1) and "at_stage_ends" in choice.why
