@@ -2,6 +2,8 @@
 
 STUDY = digits
 FORCE =
+ARM =
+SEED =
 DATA =
 ARGS =
 NOTEBOOKS = notebooks/*.ipynb
@@ -19,7 +21,7 @@ export PURSUHINT_DATA := $(if $(filter /% ~%,$(firstword $(DATA))),$(DATA),$(CUR
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab ui bench strip readme lock clean ready
+.PHONY: help reproduce export test lab ui bench strip readme lock clean ready
 
 help: ## explain the targets
 	@echo "From which layers of a teacher network should a student take hints?"
@@ -28,12 +30,16 @@ help: ## explain the targets
 	@echo
 	@echo "  STUDY=name    a file of params/, without .yaml     make reproduce STUDY=cifar100_quick"
 	@echo "  FORCE=1       run finished stages again            make reproduce FORCE=1"
+	@echo "  ARM=, SEED=   which student to export              make export ARM=kd SEED=0"
 	@echo "  DATA=folder   where the images lie                 make reproduce STUDY=cifar100_quick DATA=/data"
 	@echo "  ARGS='...'    handed to test, lab, ui and bench    make test ARGS='-k hints'"
 	@echo "  PYTHON=path   the Python to set up with (3.11 to 3.14)"
 
 reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA)
 	@exec .venv/bin/python -m pursuhint_lib.pipeline reproduce "$(STUDY)" $(if $(filter-out 0 no false,$(FORCE)),--force)
+
+export: ready ## write a student as files that run without this project (STUDY, ARM, SEED, DATA)
+	@exec .venv/bin/python -m pursuhint_lib.export "$(STUDY)" $(if $(ARM),--arm="$(ARM)") $(if $(SEED),--seed="$(SEED)")
 
 test: ready ## run every test
 	@exec .venv/bin/python -m pytest -n auto --dist loadfile $(ARGS)

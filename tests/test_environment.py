@@ -53,9 +53,13 @@ def pinned_version(requirement: Requirement) -> Version:
 
 
 def declared() -> list[Requirement]:
-    """What pyproject.toml asks for: the dependencies, every extra, and what the editable install builds with."""
+    """What pyproject.toml asks of the lock: the dependencies, the extras that `make lock` compiles, and what the
+    editable install builds with.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    extras = [line for lines in project["project"]["optional-dependencies"].values() for line in lines]
+    locked_extras = re.findall(r"--extra (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert "test" in locked_extras
+    extras = [line for name in locked_extras for line in project["project"]["optional-dependencies"][name]]
     return [
         Requirement(line) for line in project["project"]["dependencies"] + extras + project["build-system"]["requires"]
     ]
