@@ -121,7 +121,6 @@ STAGES = (
         "05_evaluate",
         reads=("01_train_teacher", "02_profile_layers", "03_cluster_layers", "04_distill_students"),
         writes=("results.csv", "summary.csv", "contrasts.csv", "alike.csv", "teacher.json", "settings.json"),
-        shows=("tables/results.csv", "tables/summary.csv"),
         compared=("results.csv", "summary.csv", "contrasts.csv", "alike.csv", "teacher.json"),
         share=0.08,
     ),
@@ -129,6 +128,7 @@ STAGES = (
 RESULTS = "results.csv"  # of the last stage: what the verdict looks at
 SPOOL = ".mlflow-spool.jsonl"  # in a stage's folder: what its notebook wants logged
 PREVIOUS = "previous"  # runs/<study>/previous/: tables and records that the verdict compares with
+SHOWN = "shown.json"  # in runs/<study>/: sha256 of the files of its report, so that a changed one is made again
 SET_ASIDE = "set_aside"
 _UNFINISHED = ("running", "failed", "interrupted", "killed")
 
@@ -280,14 +280,14 @@ def _standing(
     study: str, stage: Stage, params: Mapping[str, Any], sources: Sources, earlier: Mapping[str, dict]
 ) -> tuple[dict | None, str]:
     """The record of a stage, and why the stage has to run ("" when it holds)."""
-    folder, reports = folders(study, stage.name)
+    folder, _ = folders(study, stage.name)
     record = records.read_record(folder)
     if record is None:
         return None, "not done yet"
     inputs = _inputs(stage, params, sources, earlier)
     if record["key"] != records.key_of(inputs):
         return record, records.what_changed(record["inputs"], inputs)
-    changed = records.changed_outputs(record, folder, reports)
+    changed = records.changed_outputs(record["outputs"], folder)
     return record, f"output {changed[0]} is gone or changed" if changed else ""
 
 
@@ -419,10 +419,9 @@ class Driver:
 
     def _run_stage(self, stage: Stage, place: str, reason: str, old: dict | None, to_redo: list[str]) -> dict:
         folder = run_folder(self.study, stage.name)
-        _, reports = folders(self.study, stage.name)
         inputs = _inputs(stage, self.params, self.sources, self.records)
         self.live.say(f"{place} {stage.name} ({reason})")
-        self._clear(stage, folder, reports, old, forced=stage.name in to_redo)
+        self._clear(stage, folder, old, forced=stage.name in to_redo)
         if stage.name in to_redo:
             to_redo.remove(stage.name)
         started = time.time()
@@ -442,7 +441,7 @@ class Driver:
         try:
             notebook = self._watch(stage, place, started, execution)
             publish(notebook, folder, report_folder(self.study, "notebooks") / f"{stage.name}.ipynb")
-            outputs = records.outputs_of(stage, folder, reports)
+            outputs = records.outputs_of(stage, folder)
         except BaseException as error:
             self.spent[stage.name] = self.spent.get(stage.name, 0.0) + time.time() - started
             with contextlib.suppress(Exception):
@@ -475,7 +474,7 @@ class Driver:
         self.live.say(f"{place} {stage.name}: done in {duration(time.time() - started)}")
         return record
 
-    def _clear(self, stage: Stage, folder: Path, reports: Path, old: dict | None, *, forced: bool) -> None:
+    def _clear(self, stage: Stage, folder: Path, old: dict | None, *, forced: bool) -> None:
         """Make the stage's folder ready: empty, or with what the notebook itself can go on from."""
         (folder / records.RECORD).unlink(missing_ok=True)
         if forced or not stage.resumes:
@@ -486,12 +485,11 @@ class Driver:
             (folder / name).unlink(missing_ok=True)
         for partial in folder.rglob(".*.partial*"):  # of a killed writer
             partial.unlink(missing_ok=True)
-        for name in records.changed_outputs(old, folder, reports) if old else ():
-            path = records.output_path(name, folder, reports)
-            if path.exists():
+        for name in records.changed_outputs(old["outputs"], folder) if old else ():
+            if (folder / name).exists():
                 aside = run_folder(self.study, SET_ASIDE) / stage.name / name
                 aside.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, aside)
+                os.replace(folder / name, aside)
                 self.live.say(f"{name} is not what was recorded: moved to {short(aside)}, made again")
 
     def _watch(self, stage: Stage, place: str, started: float, execution: "Execution") -> dict:
@@ -541,11 +539,10 @@ class Driver:
         A failing tracker costs no result: it is a warning, and the next run that opens it logs what is left.
         """
         tracking = _tracking()
-        folder, reports = folders(self.study, stage.name)
+        folder, _ = folders(self.study, stage.name)
         try:
             tracking.ingest(folder / SPOOL, tracking.StageRun(self.study, stage.name, run_id))
             tracking.log_stage_files(run_id, folder)
-            tracking.log_files(run_id, [reports / name for name in stage.shows], "report")
             tracking.retire_other_models(self.study, stage.name, run_id)
             table = tracking.run_table(self.study, stage.name)
             tracking.finish_run(run_id, "FINISHED")
@@ -563,9 +560,12 @@ class Driver:
     # After the last stage
 
     def _nothing_to_do(self) -> None:
-        if self.sources.report and not (home() / "reports" / self.study / "report.html").exists():
-            self.sources.report(self.study)
-            self.live.say("the report was gone: made again from the tables")
+        reports, shown = home() / "reports" / self.study, run_folder(self.study) / SHOWN
+        changed = records.changed_outputs(read_json(shown) if shown.exists() else {}, reports)
+        if changed or not (reports / "report.html").exists():
+            self._write_report()
+            what = f"{changed[0]} was" if len(changed) == 1 else f"{len(changed) or 'some'} of its files were"
+            self.live.say(f"the report was made again from the tables: {what} gone or changed")
         verdict = read_verdict(self.study)
         took = sum(record["seconds"] for record in self.records.values())
         ended = max(record["ended"] for record in self.records.values())
@@ -578,10 +578,8 @@ class Driver:
 
     def _finish(self, seconds: float) -> None:
         verdict = self._verdict()
-        reports = report_folder(self.study)
-        save_json(self.records, reports / "records.json")
-        if self.sources.report:
-            self.sources.report(self.study)
+        self._write_report()
+        reports = home() / "reports" / self.study
         save_json(as_json(verdict) | {"ended": stamp(time.time())}, run_folder(self.study) / "verdict.json")
         self._save_status(state="finished", stage="", progress="", to_redo=[], kernel=None, message="")
         self.live.say(f"study {self.study}: done in {duration(seconds)}")
@@ -592,6 +590,16 @@ class Driver:
             self.live.say(f"compare the runs (after 'make ui'): {tracking.compare_link(self.study)}")
         self.live.say(f"verdict: {verdict.text}")
         self.live.say(f"report: {self._report()}")
+
+    def _write_report(self) -> None:
+        reports = report_folder(self.study)
+        save_json(self.records, reports / "records.json")
+        if self.sources.report:
+            self.sources.report(self.study)
+        of_report = [path for path in reports.rglob("*") if path.is_file()]
+        names = sorted(path.relative_to(reports).as_posix() for path in of_report)
+        names = [name for name in names if not name.startswith(("notebooks/", "student/", "."))]
+        save_json({name: records.sha256(reports / name) for name in names}, run_folder(self.study) / SHOWN)
 
     def _verdict(self) -> Verdict:
         folder = home() / "runs" / self.study

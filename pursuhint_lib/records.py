@@ -38,16 +38,15 @@ class Stage:
     """One notebook: what it reads and writes.
 
     reads: earlier stages whose files it opens. writes: files below ``runs/<study>/<name>/`` that must be there at its
-    end (patterns). shows: the same below ``reports/<study>/``. compared: the tables by which two runs of a study are
-    compared. resumes: it takes up its own files after an interruption, so they are left in place; otherwise it starts
-    in an empty folder. pieces: pattern of the files that are each worth telling of ("12 finished students"). share:
-    rough part of a study's time, used for the first forecast only.
+    end (patterns). compared: the tables by which two runs of a study are compared. resumes: it takes up its own files
+    after an interruption, so they are left in place; otherwise it starts in an empty folder. pieces: pattern of the
+    files that are each worth telling of ("12 finished students"). share: rough part of a study's time, used for the
+    first forecast only.
     """
 
     name: str
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
-    shows: tuple[str, ...] = ()
     compared: tuple[str, ...] = ()
     resumes: bool = False
     pieces: str = ""
@@ -146,8 +145,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
 
-def outputs_of(stage: Stage, folder: Path, reports: Path) -> dict[str, str]:
-    """sha256 of each file that a stage left in its folder, and of what it shows in `reports` (named ``reports/...``).
+def outputs_of(stage: Stage, folder: Path) -> dict[str, str]:
+    """sha256 of each file that a stage left in its folder.
 
     Raises FileNotFoundError, one line, when one that it should have written is not there.
     """
@@ -156,21 +155,12 @@ def outputs_of(stage: Stage, folder: Path, reports: Path) -> dict[str, str]:
     for pattern in stage.writes:
         if not fnmatch.filter(there, pattern):
             raise FileNotFoundError(f"{stage.name} ended without writing {pattern} in its folder ({_few(there)})")
-    for name in stage.shows:
-        if not (reports / name).is_file():
-            raise FileNotFoundError(f"{stage.name} ended without writing {name} in the study's reports folder")
-        there[f"reports/{name}"] = reports / name
     return {name: sha256(path) for name, path in there.items()}
 
 
-def changed_outputs(record: Mapping[str, Any], folder: Path, reports: Path) -> list[str]:
-    """Names of recorded outputs that are gone or have other bytes now."""
-    return [name for name, digest in record["outputs"].items() if _digest(output_path(name, folder, reports)) != digest]
-
-
-def output_path(name: str, folder: Path, reports: Path) -> Path:
-    """Where the output `name` of a record lies."""
-    return reports / name.removeprefix("reports/") if name.startswith("reports/") else folder / name
+def changed_outputs(outputs: Mapping[str, str], folder: Path) -> list[str]:
+    """Names of recorded files (name below `folder` -> sha256) that are gone or have other bytes now."""
+    return [name for name, digest in outputs.items() if _digest(folder / name) != digest]
 
 
 def matching(outputs: Mapping[str, str], patterns: Iterable[str]) -> dict[str, str]:

@@ -88,7 +88,7 @@ def student_similarities(
 def _networks(
     study: str, students: pd.DataFrame, device: torch.device, what: str
 ) -> Iterator[tuple[str, int, nn.Module]]:
-    """Arm, seed and network of all trained students, each network once, seed by seed; tells of each seed that is done."""
+    """Arm, seed and network of all trained students, each network once; tells of each seed that is done."""
     own = students[(students["status"] == "trained") & (students["same_as"] == "")]
     progress = Progress(run_folder(study, "05_evaluate"), max(1, own["seed"].nunique()), what)
     for seed, rows in own.groupby("seed", sort=False):

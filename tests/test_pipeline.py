@@ -20,7 +20,7 @@ from pursuhint_lib.live import study_seconds_left
 from pursuhint_lib.params import PARAMS_FOLDER, ParameterError, load_params
 from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, main
 from pursuhint_lib.progress import Progress, duration
-from pursuhint_lib.storage import REPOSITORY
+from pursuhint_lib.storage import REPOSITORY, home
 from pursuhint_lib.verdict import compare_results, judge
 
 # --- A toy study. It is also imported by the child processes that the tests start and kill.
@@ -48,7 +48,6 @@ STAGES = (
         "02_judge",
         reads=("01_make",),
         writes=("results.csv",),
-        shows=("report.html", "tables/results.csv"),
         compared=("results.csv",),
     ),
 )
@@ -87,11 +86,7 @@ from pathlib import Path
 home = Path(os.environ["PURSUHINT_HOME"])
 lines = list(csv.reader(open(home / "runs" / study / "01_make" / "numbers.csv")))
 text = "\\n".join([",".join(lines[0]), *(f"{a},{s},{float(v) + shift}" for a, s, v in lines[1:])]) + "\\n"
-tables = home / "reports" / study / "tables"
-tables.mkdir(parents=True, exist_ok=True)
-(home / "runs" / study / "02_judge" / "results.csv").write_text(text)
-(tables / "results.csv").write_text(text)
-(tables.parent / "report.html").write_text("<p>done</p>")""",
+(home / "runs" / study / "02_judge" / "results.csv").write_text(text)""",
 ]
 
 
@@ -117,6 +112,14 @@ def find_toy(study, folder):
     return folder / f"{study}.yaml"
 
 
+def write_toy_report(study):
+    results = home() / "runs" / study / "02_judge" / "results.csv"
+    for name, text in (("tables/results.csv", results.read_text()), ("report.html", "<p>done</p>")):
+        path = home() / "reports" / study / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
 def toy_sources(root):
     root = Path(root)
     return Sources(
@@ -128,7 +131,7 @@ def toy_sources(root):
         load=load_toy,
         check=lambda params, file: None,
         images=lambda params: "",
-        report=None,
+        report=write_toy_report,
     )
 
 
@@ -231,12 +234,7 @@ def test_a_study_runs_is_skipped_mended_changed_and_forced(toy, capsys):
         "parts/p3.txt",
         "executed.ipynb",
     }
-    assert set(records.read_record(toy.judge)["outputs"]) == {
-        "results.csv",
-        "executed.ipynb",
-        "reports/report.html",
-        "reports/tables/results.csv",
-    }
+    assert set(records.read_record(toy.judge)["outputs"]) == {"results.csv", "executed.ipynb"}
     assert set(record["inputs"]["library"]) == {"__init__.py", "arms.py", "names.py"}
     for text in (json.dumps(record), (toy.root / "reports/toy/notebooks/01_make.ipynb").read_text()):
         assert str(toy.root) not in text and sys.prefix not in text  # published files name no folder of this machine
@@ -252,6 +250,18 @@ def test_a_study_runs_is_skipped_mended_changed_and_forced(toy, capsys):
     out = capsys.readouterr().out
     assert "nothing to do" in out and "first run" in out and "report.html" in out
     assert toy.mlflow() == ["FINISHED"]
+
+    # a report of which something is gone or changed is made again from the tables, by no notebook
+    table = toy.root / "reports/toy/tables/results.csv"
+    text = table.read_text()
+    table.write_text("tampered")
+    assert toy.run() == 0
+    assert "tables/results.csv was gone or changed" in capsys.readouterr().out and table.read_text() == text
+    shutil.rmtree(toy.root / "reports/toy")
+    assert toy.run() == 0
+    out = capsys.readouterr().out
+    assert "made again from the tables" in out and "nothing to do" in out and table.read_text() == text
+    assert (toy.root / "reports/toy/notebooks/02_judge.ipynb").exists() and toy.mlflow("02_judge") == ["FINISHED"]
 
     # a changed output is made again, the file that was changed is kept aside, and equal results leave the rest alone
     (toy.make / "parts/p2.txt").write_text("tampered")
@@ -487,7 +497,7 @@ def test_a_stage_that_goes_on_forgets_the_spool_of_a_killed_notebook_and_keeps_i
     for name in (SPOOL, "parts/p0.txt"):
         (toy.make / name).write_text("x")
     driver = Driver("toy", {}, "params/toy.yaml", toy_sources(toy.root), None)
-    driver._clear(STAGES[0], toy.make, toy.root / "reports/toy", None, forced=False)
+    driver._clear(STAGES[0], toy.make, None, forced=False)
     assert [path.name for path in toy.make.rglob("*")] == ["parts", "p0.txt"]
 
 
