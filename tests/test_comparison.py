@@ -89,7 +89,7 @@ def test_too_few_or_equal_differences_give_sane_numbers_without_a_warning(recwar
     assert paired_difference(np.array([-0.5] * 4)) == (4, *[-0.5] * 5, -math.inf, 0, 0)
     # 0.3 - 0.2, 0.2 - 0.1, 0.1 - 0: equal differences of accuracies, but for the last digit
     rounded = paired_difference(np.array([0.3, 0.2, 0.1]) - np.array([0.2, 0.1, 0.0]))
-    assert rounded == (3, *[0.1] * 5, math.inf, 0, 0)
+    assert rounded == (3, *[pytest.approx(0.1)] * 5, math.inf, 0, 0)
     assert paired_difference(np.array([1e-17, 1e-17])).p == 1
     assert not recwarn.list
 
@@ -303,6 +303,13 @@ def test_pairs_are_of_the_seeds_that_both_arms_have_and_rows_may_come_in_any_ord
     pd.testing.assert_frame_equal(contrast(shuffled, MAIN), contrast(gaps, MAIN), check_exact=True)
     columns = ["difference", "difference_low", "boot_low", "p", "p_holm"]
     pd.testing.assert_frame_equal(summarize(shuffled, 0.9)[columns], summarize(gaps, 0.9)[columns], check_exact=True)
+    draws = table(
+        at_random_0=("at", "random_0", "", [0.50, 0.50]),
+        at_random_1=("at", "random_1", "", [0.54, None]),
+        at_clustered_x=("at", MAIN, "", [0.55, 0.90]),
+    )
+    (row,) = contrast(draws, MAIN).itertuples()  # a seed that lacks a draw would be the mean of other arms
+    assert (row.n, row.mean) == (1, pytest.approx(0.55 - 0.52))
     apart = table(kd=("kd", "none", "", [0.5, None]), at_clustered_x=("at", MAIN, "", [None, 0.6]))
     assert contrast(apart, MAIN).empty and summarize(apart, 0.9)["difference"].isna().all()
 

@@ -95,6 +95,8 @@ def test_a_forest_marks_what_excludes_zero_and_what_holms_correction_leaves_of_i
     assert [line.get_markerfacecolor() == "white" for line in points] == [False, True, False]
     lengths = [sorted(line.get_xdata()) for line in ax.lines if line.get_marker() != "o" and len(line.get_xdata()) == 2]
     assert lengths[:2] == [pytest.approx([0.5, 1.5]), pytest.approx([0.45, 1.35])]  # t, bootstrap
+    thick, thin = ax.lines[:2]
+    assert thick.get_ydata()[0] < thin.get_ydata()[0] < 0.5  # it would hide behind the thick line
     assert [label.get_text() for label in ax.get_yticklabels()] == ["kd", "last", "uniform", "reversed"]
     (right,) = ax.child_axes
     assert [label.get_text() for label in right.get_yticklabels()] == [
