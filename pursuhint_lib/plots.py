@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from pursuhint_lib.comparison import in_points, verdict
 from pursuhint_lib.storage import written_whole
 
 if TYPE_CHECKING:  # notebook 03 draws tables only and need not wait for torch
@@ -401,21 +402,62 @@ def measures(
 
 
 def differences(ax: Axes, summary: pd.DataFrame, reference: str, confidence: float) -> None:
-    """Forest plot: paired difference of each arm to `reference` with its interval, in points; zero as a line."""
+    """Forest plot: paired difference of each arm to `reference` with its intervals, in points; zero as a line.
+
+    summary: of `comparison.summarize`. Colors and marks are those of `forest`.
+    """
+    own = {"difference": "mean", "difference_low": "low", "difference_high": "high"}
     rows = summary.dropna(subset=["difference"]).sort_values("difference", ascending=False, ignore_index=True)
-    for i, row in rows.iterrows():
-        includes_zero = not (row["difference_low"] > 0 or row["difference_high"] < 0)
-        color = QUIET if includes_zero else COLORS[0] if row["difference"] > 0 else REFERENCE
-        if np.isfinite(row["difference_low"]):
-            ax.plot([100 * row["difference_low"], 100 * row["difference_high"]], [i, i], color=color, lw=2)
-        ax.plot(100 * row["difference"], i, "o", color=color, ms=6)
-    ax.axvline(0, color="black", lw=0.8)
+    for i, row in rows.rename(columns=own).iterrows():
+        _difference(ax, i, row, confidence)
     ax.set_yticks(range(len(rows)), rows["arm"])
+    ax.set_xlabel(f"test accuracy minus {reference}, paired by seed (points)")
+    _finish_forest(ax, rows, f"Difference to {reference} with {100 * confidence:g} % interval")
+
+
+def forest(ax: Axes, contrasts: pd.DataFrame, arm: str, confidence: float) -> None:
+    """Forest plot of one clustered arm against each of its controls, in points, with the numbers at the right.
+
+    contrasts: of `comparison.contrast`. A thick line is the t interval, the thin one below it the bootstrap interval.
+    By the t interval, gray includes zero, blue lies above it and orange below; a point is hollow where the interval
+    excludes zero and p_holm is above 1 - confidence. Where both are the same students there are words and no point.
+    """
+    rows = contrasts[contrasts["arm"] == arm].reset_index(drop=True)
+    texts = []
+    for i, row in rows.iterrows():
+        if row["word"] == "same layers":
+            texts.append("same layers")
+            continue
+        _difference(ax, i, row, confidence)
+        between = f" ({in_points(row['low'])} to {in_points(row['high'])})" if np.isfinite(row["low"]) else ""
+        texts.append(in_points(row["mean"]) + between)
+    ax.set_yticks(range(len(rows)), rows["control"])
+    ax.set_xlabel("test accuracy minus the control's, paired by seed (points)")
+    _finish_forest(ax, rows, f"{arm} against each control, {100 * confidence:g} % interval")
+    numbers = ax.secondary_yaxis("right")
+    numbers.set_yticks(range(len(rows)), texts, fontsize=8.5)
+    numbers.tick_params(length=0)
+    numbers.spines[:].set_visible(False)
+
+
+def _difference(ax: Axes, place: int, row: pd.Series, confidence: float) -> None:
+    """One row of a forest plot. row: mean, low, high and, as far as it has them, boot_low, boot_high, p_holm."""
+    word = verdict(row["low"], row["high"])
+    color = {"better": COLORS[0], "worse": REFERENCE}.get(word, QUIET)
+    if np.isfinite(row["low"]):
+        ax.plot([100 * row["low"], 100 * row["high"]], [place] * 2, color=color, lw=2.5, solid_capstyle="butt")
+    if np.isfinite(row.get("boot_low", np.nan)):
+        ax.plot([100 * row["boot_low"], 100 * row["boot_high"]], [place + 0.22] * 2, color=color, lw=1)
+    hollow = word in ("better", "worse") and row.get("p_holm", 0) > 1 - confidence
+    ax.plot(100 * row["mean"], place, "o", color=color, mfc="white" if hollow else color, mew=1.5, ms=6)
+
+
+def _finish_forest(ax: Axes, rows: pd.DataFrame, title: str) -> None:
+    ax.axvline(0, color="black", lw=0.8, zorder=1)
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set(
-        xlabel=f"test accuracy minus {reference}, paired by seed (points)",
-        title=f"Difference to {reference} with {100 * confidence:g} % interval; gray: includes zero",
-    )
+    lines = "thick line: t interval; thin line: bootstrap; " if "boot_low" in rows else ""
+    hollow = "\nhollow: excludes zero, but not after Holm's correction" if "p_holm" in rows else ""
+    ax.set_title(f"{title}\n{lines}gray: includes zero{hollow}", fontsize=8.5)
     ax.grid(axis="x", color="#eeeeee")
     ax.set_axisbelow(True)
 

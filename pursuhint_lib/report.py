@@ -22,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pursuhint_lib.arms import parse_method
-from pursuhint_lib.evaluation import verdict
+from pursuhint_lib.comparison import verdict
 from pursuhint_lib.params import STAGES
 from pursuhint_lib.storage import home, read_json, read_table, report_folder, save_table, written_whole
 from pursuhint_lib.tracking import LAB_TABLE
@@ -112,7 +112,7 @@ CONCLUSIONS = {  # the same in the words of one sentence, in the order of saying
 class Facts:
     """The files of a study that the page is made of.
 
-    results, summary, contrasts, teacher, confidence: of notebook 05, see `evaluation`. histories: of 01 and 04, by
+    results, summary, contrasts, teacher, confidence: of notebook 05, see `comparison`. histories: of 01 and 04, by
     stage. records: stage -> its record.json, or {} where there is none (a notebook run by hand, or 05 while it is
     running). runs: MLflow run ids, of notebooks by stage and of trained networks by "<arm>-s<seed>", as far as
     recorded.

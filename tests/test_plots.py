@@ -73,3 +73,63 @@ def test_dots_have_a_legend_where_there_are_any(ax, recwarn):
     ax.clear()
     plots.scatter(ax, dots[:0], "x", "loss", "arm", xlabel="x", ylabel="y")
     assert ax.get_legend() is None and not recwarn.list
+
+
+def compared(*rows):
+    """Rows of contrasts of the arm "at_x": control, mean, low, high, p_holm, word; accuracies in percent."""
+    table = pd.DataFrame(rows, columns=["control", "mean", "low", "high", "p_holm", "word"])
+    table[["mean", "low", "high"]] /= 100
+    return table.assign(arm="at_x", boot_low=table["low"] * 0.9, boot_high=table["high"] * 0.9)
+
+
+def test_a_forest_marks_what_excludes_zero_and_what_holms_correction_leaves_of_it(ax):
+    rows = compared(
+        ("kd", 1, 0.5, 1.5, 0.01, "better"),
+        ("last", -1, -1.5, -0.5, 0.2, "worse"),
+        ("uniform", 0, -1, 1, 1, "includes zero"),
+        ("reversed", 0, 0, 0, float("nan"), "same layers"),
+    )
+    plots.forest(ax, pd.concat([rows, rows.assign(arm="at_y")]), "at_x", 0.95)
+    points = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [line.get_color() for line in points] == [plots.COLORS[0], plots.REFERENCE, plots.QUIET]
+    assert [line.get_markerfacecolor() == "white" for line in points] == [False, True, False]
+    lengths = [sorted(line.get_xdata()) for line in ax.lines if line.get_marker() != "o" and len(line.get_xdata()) == 2]
+    assert lengths[:2] == [pytest.approx([0.5, 1.5]), pytest.approx([0.45, 1.35])]  # t, bootstrap
+    thick, thin = ax.lines[:2]
+    assert thick.get_ydata()[0] < thin.get_ydata()[0] < 0.5  # it would hide behind the thick line
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["kd", "last", "uniform", "reversed"]
+    (right,) = ax.child_axes
+    assert [label.get_text() for label in right.get_yticklabels()] == [
+        "+1.00 (+0.50 to +1.50)",
+        "\N{MINUS SIGN}1.00 (\N{MINUS SIGN}1.50 to \N{MINUS SIGN}0.50)",
+        "0.00 (\N{MINUS SIGN}1.00 to +1.00)",
+        "same layers",
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 4, 14])
+def test_no_label_of_a_forest_is_clipped(count):
+    names = ["clustered_medoid_r2_cca_uncentered", *(f"control_{i}" for i in range(1, count))]
+    rows = compared(*((name, -10.11, -12.22, -8.33, 0.01, "worse") for name in names))
+    with plt.rc_context(plots.STYLE):
+        figure, ax = plt.subplots(figsize=(7.5, 0.36 * count + 1.3))
+        plots.forest(ax, rows, "at_x", 0.95)
+        figure.draw_without_rendering()
+    (right,) = ax.child_axes
+    texts = [*ax.get_yticklabels(), *right.get_yticklabels(), ax.xaxis.label, ax._left_title]
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    assert len(boxes) == 2 * count + 2
+    assert all(0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0 <= box.y1 <= figure.bbox.y1 for box in boxes)
+    plt.close(figure)
+
+
+def test_differences_have_the_marks_of_a_forest_and_do_without_columns_that_old_tables_lack(ax):
+    rows = compared(("kd", 1, 0.5, 1.5, 0.2, "better"), ("last", -1, -1.5, -0.5, 0.01, "worse"))
+    rows = rows.rename(columns={"mean": "difference", "low": "difference_low", "high": "difference_high"})
+    plots.differences(ax, rows.assign(arm=rows["control"]), "kd", 0.95)
+    points = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [line.get_markerfacecolor() == "white" for line in points] == [True, False] and len(ax.lines) == 7
+    ax.clear()
+    old = rows.drop(columns=["boot_low", "boot_high", "p_holm"])
+    plots.differences(ax, old.assign(arm=old["control"]), "kd", 0.95)
+    assert len(ax.lines) == 5 and "Holm" not in ax.get_title(loc="left") + ax.get_title()

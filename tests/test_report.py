@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from pursuhint_lib.evaluation import contrast, summarize
+from pursuhint_lib.comparison import contrast, summarize
 from pursuhint_lib.params import STAGES
 from pursuhint_lib.report import (
     DASH,
@@ -36,6 +36,7 @@ CHOICES = {
     "clustered_linear_cka": [2, 7, 12],  # the same layers as uniform
     "clustered_first_r2_cca": [0, 4, 9],
 }
+MAIN = "clustered_r2_cca"
 TEACHER = {
     "network": "resnet32",
     "parameters": 464154,
@@ -83,7 +84,7 @@ def make_study(home, *, seeds=5, methods=("at",), confidence=0.95, records=True,
     results = pd.DataFrame(rows)
     save_table(results, evaluate / "results.csv")
     save_table(summarize(results, TEACHER["test_accuracy"], confidence=confidence), evaluate / "summary.csv")
-    save_table(contrast(results, confidence), evaluate / "contrasts.csv")
+    save_table(contrast(results, MAIN, confidence), evaluate / "contrasts.csv")
     save_json({"confidence": confidence, "reference": "kd"}, evaluate / "settings.json")
     save_json(TEACHER, evaluate / "teacher.json")
 
@@ -382,7 +383,7 @@ def with_differences(home, runs, difference):
     results.loc[results["arm"] == "at_clustered_r2_cca", "test_accuracy"] = kd + difference
     save_table(results, runs / "05_evaluate" / "results.csv")
     save_table(summarize(results, TEACHER["test_accuracy"]), runs / "05_evaluate" / "summary.csv")
-    save_table(contrast(results), runs / "05_evaluate" / "contrasts.csv")
+    save_table(contrast(results, MAIN), runs / "05_evaluate" / "contrasts.csv")
     return report(home)
 
 
@@ -423,7 +424,7 @@ def test_one_seed_gives_no_interval_and_no_verdict(home):
 def test_differences_to_the_controls_equal_a_paired_t_test(home):
     runs = make_study(home)
     results = read_table(runs / "05_evaluate" / "results.csv").astype({"same_as": object}).fillna({"same_as": ""})
-    found = {(c.arm, c.control): c for c in contrast(results, 0.9).itertuples()}
+    found = {(c.arm, c.control): c for c in contrast(results, MAIN, 0.9).itertuples()}
     wide = {arm: rows.sort_values("seed")["test_accuracy"].to_numpy() for arm, rows in results.groupby("arm")}
     controls = {
         "kd": wide["kd"],
@@ -431,7 +432,7 @@ def test_differences_to_the_controls_equal_a_paired_t_test(home):
         "uniform": wide["at_uniform"],
         "random": (wide["at_random_0"] + wide["at_random_1"]) / 2,
     }
-    assert len(found) == 3 * len(controls)
+    assert len(found) == 3 * len(controls) + 1  # the main choice also against the first layers of its clusters
     for control, values in controls.items():
         test = stats.ttest_rel(wide["at_clustered_r2_cca"], values)
         interval = test.confidence_interval(0.9)
@@ -444,7 +445,7 @@ def test_differences_are_paired_over_the_seeds_that_both_arms_have(home):
     runs = make_study(home)
     results = read_table(runs / "05_evaluate" / "results.csv").astype({"same_as": object}).fillna({"same_as": ""})
     fewer = results[(results["arm"] != "at_stage_ends") | (results["seed"] > 1)]
-    found = {(c.arm, c.control): c for c in contrast(fewer, 0.95).itertuples()}
+    found = {(c.arm, c.control): c for c in contrast(fewer, MAIN, 0.95).itertuples()}
     assert found["at_clustered_r2_cca", "stage_ends"].n == 3
     assert found["at_clustered_r2_cca", "uniform"].n == 5
 
@@ -601,7 +602,7 @@ def test_a_study_without_clustered_arms_has_a_page_too_and_tells_whether_they_fa
     for name in ("results.csv", "summary.csv"):
         table = read_table(runs / "05_evaluate" / name)
         save_table(table[~table["strategy"].str.startswith("clustered")], runs / "05_evaluate" / name)
-    save_table(contrast(results_of(runs)), runs / "05_evaluate" / "contrasts.csv")
+    save_table(contrast(results_of(runs), MAIN), runs / "05_evaluate" / "contrasts.csv")
     page = report(home)
     says = text(page.root)
     assert "says nothing about the method" in says

@@ -20,8 +20,9 @@ from torchdistill.core.distillation import get_distillation_box
 from pursuhint_lib import arms as arms_module
 from pursuhint_lib import training
 from pursuhint_lib.arms import Distillation, study_arms
+from pursuhint_lib.comparison import paired_interval, verdict
 from pursuhint_lib.data import ImageSet, channel_stats
-from pursuhint_lib.evaluation import accuracy, paired_interval, verdict
+from pursuhint_lib.evaluation import accuracy
 from pursuhint_lib.features import FrozenTeacher, layer_table
 from pursuhint_lib.hints import pair_layers, select_hint_points
 from pursuhint_lib.learners import Supervised, seeded
