@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from pursuhint_lib import tracking
+from pursuhint_lib import tracking, tracking_notebook, tracking_store
 from pursuhint_lib.arms import Arm, log_students
 from pursuhint_lib.storage import REPOSITORY, run_folder
 
@@ -24,7 +24,7 @@ def empty_database(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PURSUHINT_HOME", str(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        tracking._client()
+        tracking_store.open_client()
     return folder / "mlflow.db"
 
 
@@ -59,7 +59,7 @@ def history(epochs=3, arms=("at_uniform",), seeds=(0,)):
 
 
 def client():
-    return tracking._client()
+    return tracking_store.open_client()
 
 
 def log(run_id, table=None, arm="at_uniform", seed=0, key="k"):
@@ -365,7 +365,7 @@ def test_a_tracker_that_is_away_is_not_waited_for_at_every_line(tmp_path, monkey
         tries.append(arguments)
         raise ConnectionError("nobody answers")
 
-    monkeypatch.setattr(tracking, "_log_metrics", away)
+    monkeypatch.setattr(tracking_notebook, "log_points", away)
     with pytest.raises(tracking.TrackingError, match="nobody answers"):
         tracking.ingest(spool, tracking.StageRun("toy", "04_distill_students", "x"))
     assert len(tries) == 2 and spool.read_text() == before
