@@ -12,7 +12,8 @@ In JupyterLab the same calls log at once. A tracker that fails must not cost a t
 one line and goes on.
 
 The parts: `tracking_store` opens the store, `tracking_runs` makes and lists runs, `tracking_notebook` is what a
-notebook logs, `tracking_spool` is how it waits for the driver, `tracking_page` serves and addresses MLflow's page.
+notebook logs, `tracking_models` keeps networks and data sets for it, `tracking_spool` is how all this waits for the
+driver, `tracking_page` serves and addresses MLflow's page.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """MLflow's page: serving it on this machine, and addresses that open it where a study is compared."""
 
 import argparse
+import json
 import os
 import sys
 import urllib.parse
@@ -9,17 +10,56 @@ from pursuhint_lib.tracking_store import QUIET, TrackingError, artifact_root, op
 
 HEADLINE = "final/val_acc1"
 DISTILLED = "04_distill_students"
+BASE = "http://127.0.0.1:5000"
 
 
-def experiment_note(experiment_id: str) -> str:
-    """What stands above the table of an experiment's runs, in Markdown."""
-    return (
-        f"[Compare the distilled students, best first]({chart_link(experiment_id, HEADLINE, DISTILLED)}). "
-        "One run per notebook, one child run per trained model; group by `arm` to see means over seeds."
-    )
+_STUDENTS = f'tags.stage = "{DISTILLED}" and tags.current = "yes"'
+_FACETS = ("strategy", "method", "metric", "seed")
+_MEASURES = (HEADLINE, "test/acc1", "test/agreement", "test/kl", "test/ece")
+VIEWS = {  # key in addresses: (name in the page's menu, chart or table, what is grouped by)
+    "arms": ("Arms, mean over seeds", "CHART", ("arm",)),
+    "strategies": ("Strategies, mean over methods and seeds", "CHART", ("strategy",)),
+    "students": ("Students, one row each", "TABLE", ()),
+}
 
 
-def chart_link(experiment_id: str, metric: str, stage: str, base: str = "http://127.0.0.1:5000") -> str:
+def experiment_tags(experiment_id: str) -> dict[str, str]:
+    """Tags of a new experiment: the note above its runs, in Markdown, and the saved views that it links to."""
+    links = " · ".join(f"[{name}]({view_link(experiment_id, key)})" for key, (name, _, _) in VIEWS.items())
+    best_first = chart_link(experiment_id, HEADLINE, DISTILLED, base="")
+    note = f"[Compare the distilled students, best on validation first]({best_first}) · {links}. One run per notebook, one child run per trained model."
+    return {"mlflow.note.content": note} | {f"mlflow.sharedViewState.{key}": _saved_view(key) for key in VIEWS}
+
+
+def _saved_view(key: str) -> str:
+    """A view as MLflow 3.17's page saves it ("Save view" in its menu): what is shown, in which columns and groups."""
+    name, mode, groups = VIEWS[key]
+    columns = [f"params.`{facet}`" for facet in _FACETS] + [f"metrics.`{measure}`" for measure in _MEASURES]
+    state: dict = {
+        "searchFilter": _STUDENTS,
+        "orderByKey": f"metrics.`{HEADLINE}`",
+        "orderByAsc": False,
+        "selectedColumns": [*columns, "attributes.`Models`"],
+        "runsHiddenMode": "SHOW_ALL",  # else the chart leaves out all but ten
+    }
+    if groups:
+        keys = [{"mode": "param", "groupByData": group} for group in groups]
+        state["groupBy"] = {"aggregateFunction": "average", "groupByKeys": keys}
+    return json.dumps({"name": name, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
+
+
+def view_link(experiment_id: str, key: str) -> str:
+    """Address of one of the VIEWS, from another page of the same server."""
+    query = {"workflowType": "machine_learning", "compareRunsMode": VIEWS[key][1], "viewStateShareKey": key}
+    return f"/#/experiments/{experiment_id}/runs?{urllib.parse.urlencode(query)}"
+
+
+def run_link(experiment_id: str, run_id: str) -> str:
+    """Address of a run's page, from another page of the same server."""
+    return f"/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def chart_link(experiment_id: str, metric: str, stage: str, base: str = BASE) -> str:
     """Address of the chart page: the present runs of a stage, best first by `metric`."""
     query = {
         "workflowType": "machine_learning",

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from pursuhint_lib.provenance import hardware, source_state, versions
-from pursuhint_lib.tracking_page import DISTILLED, HEADLINE, chart_link, experiment_note
+from pursuhint_lib.tracking_page import BASE, DISTILLED, HEADLINE, chart_link, experiment_tags
 from pursuhint_lib.tracking_store import (
     artifact_root,
     log_params,
@@ -43,8 +43,8 @@ def open_experiment(study: str) -> str:
                 if (found := client.get_experiment_by_name(name)) is None:  # else another process was first
                     raise
                 return found.experiment_id
-            client.set_experiment_tag(experiment_id, "study", study)
-            client.set_experiment_tag(experiment_id, "mlflow.note.content", experiment_note(experiment_id))
+            for tag, value in ({"study": study} | experiment_tags(experiment_id)).items():
+                client.set_experiment_tag(experiment_id, tag, value)
             return experiment_id
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
@@ -125,9 +125,7 @@ def log_files(run_id: str, paths: Iterable[Path], under: str = "") -> None:
             open_client().log_artifact(run_id, str(path), under or None)
 
 
-def compare_link(
-    study: str, metric: str = HEADLINE, *, stage: str = DISTILLED, base: str = "http://127.0.0.1:5000"
-) -> str:
+def compare_link(study: str, metric: str = HEADLINE, *, stage: str = DISTILLED, base: str = BASE) -> str:
     """Address that opens MLflow's compare chart: the present runs of a stage, flat, best first by `metric`.
 
     Sorting by a metric is what makes the page show child runs at all; workflowType hides its GenAI side.

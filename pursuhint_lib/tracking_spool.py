@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from pursuhint_lib.storage import written_whole
+from pursuhint_lib.storage import home, written_whole
 from pursuhint_lib.tracking_notebook import StageRun, rows_of
 from pursuhint_lib.tracking_store import QUIET, TrackingError, one_line_errors, tracking_uri
 
@@ -63,6 +64,19 @@ class SpooledRun:
     def log_dataset(self, name: str, digest: str, context: str) -> None:
         """As `StageRun.log_dataset`, later."""
         self._write("log_dataset", name=name, digest=digest, context=context)
+
+    def log_network(self, *, name: str, arm: str, seed: int, file: Path | str, example: Any) -> None:
+        """As `StageRun.log_network`, later; only the file's name and the example are kept."""
+        path = Path(file).resolve()
+        path = (
+            path.relative_to(home()) if path.is_relative_to(home()) else path
+        )  # the home may move before it is logged
+        pixels = np.asarray(example, dtype=float).round(4).tolist()
+        self._write("log_network", name=name, arm=arm, seed=int(seed), file=str(path), example=pixels)
+
+    def log_evaluation(self, results: pd.DataFrame) -> None:
+        """As `StageRun.log_evaluation`, later."""
+        self._write("log_evaluation", results=results.to_dict(orient="list"))
 
     def _write(self, call: str, **arguments: Any) -> None:
         line = json.dumps({"call": call, "arguments": arguments}, default=float) + "\n"
@@ -114,6 +128,6 @@ def _log_line(line: str, run: StageRun) -> None:
         return
     with one_line_errors(f"a line for {run.stage} was not logged"):
         arguments = entry["arguments"]
-        if "history" in arguments:
-            arguments["history"] = pd.DataFrame(arguments["history"])
+        for table in {"history", "results"} & arguments.keys():
+            arguments[table] = pd.DataFrame(arguments[table])
         getattr(run, entry["call"])(**arguments)
