@@ -95,18 +95,20 @@ class StageRun:
         existing = None
         for run in search_runs(client, experiment_id, filter_string):
             if run.data.tags.get("key") == identity and run.info.status in ("FINISHED", "FAILED"):
-                existing = run.info.run_id
+                existing = run
             else:
                 client.set_tag(run.info.run_id, "current", "no")
         facets = {"arm": arm, "seed": seed} | dict(params)
         if "strategy" in params:
             facets["metric"] = _measure(str(params["strategy"]))
         if existing is not None:
+            run_id = existing.info.run_id
             for name, value in {**tags, "mlflow.parentRunId": self.run_id}.items():
-                client.set_tag(existing, name, str(value))
-            log_params(existing, facets)  # a run of an earlier version may lack some
-            log_datasets(existing, self.datasets)
-            return existing
+                client.set_tag(run_id, name, str(value))
+            if "metric" not in existing.data.params and "metric" in facets:  # logged by an earlier version
+                log_params(run_id, {"metric": facets["metric"]})
+            log_datasets(run_id, self.datasets)
+            return run_id
         start, end = _span(history)
         own = {"arm": arm, "seed": str(seed), "key": identity, "current": "yes", "mlflow.parentRunId": self.run_id}
         run = client.create_run(
@@ -117,7 +119,8 @@ class StageRun:
         )
         run_id = run.info.run_id
         log_params(run_id, facets)
-        log_points(run_id, metrics)
+        # The compare page begins with the metric that was logged first.
+        log_points(run_id, sorted(metrics, key=lambda point: not point[0].startswith("final/")))
         log_datasets(run_id, self.datasets)
         client.set_terminated(run_id, "FAILED" if failed else "FINISHED", end_time=end)
         return run_id

@@ -5,35 +5,49 @@ import json
 import os
 import sys
 import urllib.parse
+from typing import NamedTuple
 
 from pursuhint_lib.tracking_store import QUIET, TrackingError, artifact_root, open_client, relocate, tracking_uri
 
 HEADLINE = "final/val_acc1"
 DISTILLED = "04_distill_students"
 BASE = "http://127.0.0.1:5000"
-
-
 _STUDENTS = f'tags.stage = "{DISTILLED}" and tags.current = "yes"'
 _FACETS = ("strategy", "method", "metric", "seed")
 _MEASURES = (HEADLINE, "test/acc1", "test/agreement", "test/kl", "test/ece")
-VIEWS = {  # key in addresses: (name in the page's menu, chart or table, what is grouped by)
-    "arms": ("Arms, mean over seeds", "CHART", ("arm",)),
-    "strategies": ("Strategies, mean over methods and seeds", "CHART", ("strategy",)),
-    "students": ("Students, one row each", "TABLE", ()),
+
+
+class _View(NamedTuple):
+    """What a saved view shows. groups: parameters whose runs are averaged; lines: one per run through its choices."""
+
+    name: str
+    mode: str
+    groups: tuple[str, ...] = ()
+    lines: bool = False
+
+
+VIEWS = {  # by their key in addresses
+    "arms": _View("Arms, mean over seeds", "CHART", ("arm",)),
+    "strategies": _View("Strategies, mean over methods and seeds", "CHART", ("strategy",)),
+    "choices": _View("Choices, one line per student", "CHART", lines=True),
+    "students": _View("Students, one row each", "TABLE"),
 }
 
 
 def experiment_tags(experiment_id: str) -> dict[str, str]:
     """Tags of a new experiment: the note above its runs, in Markdown, and the saved views that it links to."""
-    links = " · ".join(f"[{name}]({view_link(experiment_id, key)})" for key, (name, _, _) in VIEWS.items())
+    links = " · ".join(f"[{view.name}]({view_link(experiment_id, key)})" for key, view in VIEWS.items())
     best_first = chart_link(experiment_id, HEADLINE, DISTILLED, base="")
-    note = f"[Compare the distilled students, best on validation first]({best_first}) · {links}. One run per notebook, one child run per trained model."
+    note = (
+        f"[Compare the distilled students, best on validation first]({best_first}) · {links}. "
+        "One run per notebook, one child run per trained model."
+    )
     return {"mlflow.note.content": note} | {f"mlflow.sharedViewState.{key}": _saved_view(key) for key in VIEWS}
 
 
 def _saved_view(key: str) -> str:
     """A view as MLflow 3.17's page saves it ("Save view" in its menu): what is shown, in which columns and groups."""
-    name, mode, groups = VIEWS[key]
+    view = VIEWS[key]
     columns = [f"params.`{facet}`" for facet in _FACETS] + [f"metrics.`{measure}`" for measure in _MEASURES]
     state: dict = {
         "searchFilter": _STUDENTS,
@@ -42,15 +56,21 @@ def _saved_view(key: str) -> str:
         "selectedColumns": [*columns, "attributes.`Models`"],
         "runsHiddenMode": "SHOW_ALL",  # else the chart leaves out all but ten
     }
-    if groups:
-        keys = [{"mode": "param", "groupByData": group} for group in groups]
+    if view.groups:
+        keys = [{"mode": "param", "groupByData": group} for group in view.groups]
         state["groupBy"] = {"aggregateFunction": "average", "groupByKeys": keys}
-    return json.dumps({"name": name, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
+    if view.lines:
+        kept = {"deleted": False, "isGenerated": False}
+        section = kept | {"uuid": "choices", "name": "choices", "display": True, "isReordered": True, "columns": 1}
+        chart = kept | {"uuid": "lines", "type": "PARALLEL", "metricSectionId": "choices", "showAllRuns": False}
+        chart |= {"selectedParams": list(_FACETS), "selectedMetrics": ["test/acc1"]}
+        state |= {"isAccordionReordered": True, "compareRunSections": [section], "compareRunCharts": [chart]}
+    return json.dumps({"name": view.name, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
 
 
 def view_link(experiment_id: str, key: str) -> str:
     """Address of one of the VIEWS, from another page of the same server."""
-    query = {"workflowType": "machine_learning", "compareRunsMode": VIEWS[key][1], "viewStateShareKey": key}
+    query = {"workflowType": "machine_learning", "compareRunsMode": VIEWS[key].mode, "viewStateShareKey": key}
     return f"/#/experiments/{experiment_id}/runs?{urllib.parse.urlencode(query)}"
 
 

@@ -344,15 +344,15 @@ def test_a_new_experiment_has_views_that_the_page_can_open(store):
     experiment_id = tracking.open_experiment("toy")
     tags = client().get_experiment(experiment_id).tags
     log(new_run())
-    for key, (name, mode, groups) in tracking_page.VIEWS.items():
+    for key, view in tracking_page.VIEWS.items():
         saved = tags[f"mlflow.sharedViewState.{key}"]
         assert len(saved) < 5000  # MLflow's limit for a tag
         saved = json.loads(saved)
         state = json.loads(saved["state"])
-        assert saved["name"] == name and isinstance(saved["createdAt"], int)
-        assert [group["groupByData"] for group in state.get("groupBy", {}).get("groupByKeys", [])] == list(groups)
+        assert saved["name"] == view.name and isinstance(saved["createdAt"], int)
+        assert [group["groupByData"] for group in state.get("groupBy", {}).get("groupByKeys", [])] == list(view.groups)
         assert len(client().search_runs([experiment_id], state["searchFilter"])) == 1
-        assert f"compareRunsMode={mode}&viewStateShareKey={key}" in tags["mlflow.note.content"]
+        assert f"compareRunsMode={view.mode}&viewStateShareKey={key}" in tags["mlflow.note.content"]
 
 
 # --- Networks
