@@ -28,7 +28,7 @@ class _View(NamedTuple):
 
 VIEWS = {  # by their key in addresses
     "arms": _View("Arms, mean over seeds", "CHART", ("arm",)),
-    "strategies": _View("Strategies, mean over methods and seeds", "CHART", ("strategy",)),
+    "strategies": _View("Strategies, mean over arms", "CHART", ("strategy",)),
     "choices": _View("Choices, one line per student", "CHART", lines=True),
     "students": _View("Students, one row each", "TABLE"),
 }
