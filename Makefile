@@ -51,7 +51,7 @@ lab: ready ## open the notebooks in JupyterLab
 	  --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate $(ARGS)
 
 ui: ready ## compare the runs in MLflow's pages
-	@exec .venv/bin/python -m pursuhint_lib.tracking ui $(ARGS)
+	@exec .venv/bin/python -m pursuhint_lib.tracking_page $(ARGS)
 
 bench: ready ## measure speed and memory (tests/benchmarks)
 	@exec .venv/bin/python -m pytest tests/benchmarks -s $(ARGS)

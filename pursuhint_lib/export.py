@@ -32,8 +32,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor, nn
 
 from pursuhint_lib.arms import kept_file, parse_method
+from pursuhint_lib.comparison import mean_interval
 from pursuhint_lib.data import Batches, balanced_subset
-from pursuhint_lib.evaluation import accuracy, count_macs, count_parameters, mean_interval
+from pursuhint_lib.evaluation import accuracy, count_macs, count_parameters
 from pursuhint_lib.models import load_model
 from pursuhint_lib.params import STAGES, Images, StudentTraining, from_variables, load_params, nearest, study_file
 from pursuhint_lib.provenance import source_state

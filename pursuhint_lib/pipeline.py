@@ -120,8 +120,30 @@ STAGES = (
     Stage(
         "05_evaluate",
         reads=("01_train_teacher", "02_profile_layers", "03_cluster_layers", "04_distill_students"),
-        writes=("results.csv", "summary.csv", "contrasts.csv", "alike.csv", "teacher.json", "settings.json"),
-        compared=("results.csv", "summary.csv", "contrasts.csv", "alike.csv", "teacher.json"),
+        writes=(
+            "results.csv",
+            "summary.csv",
+            "contrasts.csv",
+            "measures.csv",
+            "alike.csv",
+            "costs.csv",
+            "speed.csv",
+            "teacher.json",
+            "settings.json",
+        ),
+        compared=(
+            "results.csv",
+            "summary.csv",
+            "contrasts.csv",
+            "measures.csv",
+            "alike.csv",
+            "costs.csv",
+            "landscape.csv",  # of a study that trains every subset of the layers; so are the next two
+            "placement.csv",
+            "layer_effects.csv",
+            "positions.csv",
+            "teacher.json",
+        ),
         share=0.08,
     ),
 )

@@ -15,7 +15,7 @@ from torch import nn
 
 from pursuhint_lib import export
 from pursuhint_lib.arms import kept_file
-from pursuhint_lib.evaluation import summarize
+from pursuhint_lib.comparison import summarize
 from pursuhint_lib.export import check_export, choose_student, export_student, main, write_programs
 from pursuhint_lib.models import build_model, load_model, save_model
 from pursuhint_lib.params import STAGES, DistillStudents, Images, TrainTeacher

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from pursuhint_lib import execution, records, tracking
+from pursuhint_lib import execution, records, tracking, tracking_notebook, tracking_store
 from pursuhint_lib.live import study_seconds_left
 from pursuhint_lib.params import PARAMS_FOLDER, ParameterError, load_params
 from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, main
@@ -141,7 +141,7 @@ def empty_database(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PURSUHINT_HOME", str(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        tracking._client()
+        tracking_store.open_client()
     return folder / "mlflow.db"
 
 
@@ -168,7 +168,7 @@ class Toy:
 
     def mlflow(self, stage="01_make"):
         """Statuses of a stage's runs, oldest first."""
-        found = tracking._client().search_runs(
+        found = tracking_store.open_client().search_runs(
             [tracking.open_experiment("toy")], f"tags.stage = '{stage}'", order_by=["start_time ASC"]
         )
         return [run.info.status for run in found]
@@ -472,22 +472,22 @@ def test_what_the_tracker_did_not_take_is_one_warning_and_is_logged_by_the_next_
         toy.root / "notebooks/01_make.ipynb",
         [*MAKE, f"open(os.environ['{tracking.SPOOL}'], 'w').write({line!r} + '\\n')"],
     )
-    honest = tracking._log_metrics
+    honest = tracking_notebook.log_points
 
     def refuse(*arguments):
         raise OSError("no room\nsecond line")
 
-    monkeypatch.setattr(tracking, "_log_metrics", refuse)
+    monkeypatch.setattr(tracking_notebook, "log_points", refuse)
     assert toy.run() == 0
     warnings = [text for text in capsys.readouterr().out.splitlines() if "no room" in text]
     assert warnings == [f"warning: metrics was not logged: no room; what is not logged is kept in {toy.make / SPOOL}"]
     run_id = records.read_record(toy.make)["runs"]["notebook"]
 
-    monkeypatch.setattr(tracking, "_log_metrics", honest)
+    monkeypatch.setattr(tracking_notebook, "log_points", honest)
     (toy.judge / "results.csv").unlink()
     assert toy.run() == 0
     assert "warning" not in capsys.readouterr().out and not (toy.make / SPOOL).exists()
-    run = tracking._client().get_run(run_id)
+    run = tracking_store.open_client().get_run(run_id)
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"breaks": 3.0})
     assert toy.mlflow() == ["FINISHED"]  # the notebook itself was not run again
 

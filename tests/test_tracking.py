@@ -1,5 +1,6 @@
 """Runs in MLflow: one store, honest ends, nothing logged twice, nothing sent."""
 
+import json
 import os
 import shutil
 import socket
@@ -11,9 +12,11 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
-from pursuhint_lib import tracking
+from pursuhint_lib import tracking, tracking_notebook, tracking_page, tracking_store
 from pursuhint_lib.arms import Arm, log_students
+from pursuhint_lib.models import build_model, load_model, save_model
 from pursuhint_lib.storage import REPOSITORY, run_folder
 
 
@@ -24,7 +27,7 @@ def empty_database(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PURSUHINT_HOME", str(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        tracking._client()
+        tracking_store.open_client()
     return folder / "mlflow.db"
 
 
@@ -59,7 +62,7 @@ def history(epochs=3, arms=("at_uniform",), seeds=(0,)):
 
 
 def client():
-    return tracking._client()
+    return tracking_store.open_client()
 
 
 def log(run_id, table=None, arm="at_uniform", seed=0, key="k"):
@@ -255,6 +258,188 @@ def test_arms_with_the_same_students_are_named_in_the_tag_of_the_run_that_traine
     assert tags == {"kd": "none", "wsld+at_a": "wsld+at_b, wsld+at_c"}
 
 
+# --- What a reader compares by
+
+
+@pytest.mark.parametrize(
+    ("strategy", "metric"),
+    [
+        ("clustered_r2_cca", "r2_cca"),
+        ("clustered_first_r2_cca", "r2_cca"),
+        ("last+clustered_linear_cka", "linear_cka"),
+        ("reversed", "main"),
+        ("random_0", "none"),
+        ("none", "none"),
+    ],
+)
+def test_the_measure_by_which_a_strategy_chose_is_a_parameter_to_group_by(store, strategy, metric):
+    run = tracking.StageRun("toy", "04_distill_students", new_run())
+    run_id = run.log_trained_model(arm="at_uniform", seed=0, history=history(), params={"strategy": strategy})
+    params = client().get_run(run_id).data.params
+    assert {name: params[name] for name in ("arm", "seed", "strategy", "metric")} == {
+        "arm": "at_uniform",
+        "seed": "0",
+        "strategy": strategy,
+        "metric": metric,
+    }
+
+
+def test_a_model_has_the_data_sets_of_its_notebook_as_inputs_but_not_the_test_images(store):
+    run = tracking.StageRun("toy", "04_distill_students", new_run())
+    run.log_dataset("digits train", "a" * 64, "train")
+    run.log_dataset("digits test", "b" * 64, "test")
+    model = {"arm": "at_uniform", "seed": 0, "history": history(), "params": {}}
+    run_id = run.log_trained_model(**model)
+    again = tracking.StageRun("toy", "04_distill_students", new_run())
+    again.log_dataset("digits train", "a" * 64, "train")
+    assert again.log_trained_model(**model) == run_id
+    inputs = client().get_run(run_id).inputs.dataset_inputs
+    assert [(one.dataset.name, one.dataset.digest, one.tags[0].value) for one in inputs] == [
+        ("digits train", "a" * 32, "train")
+    ]
+
+
+def evaluated(**columns):
+    table = pd.DataFrame({"arm": ["kd", "at_a", "at_b"], "same_as": ["", "", "at_a"], "seed": 0})
+    return table.assign(test_accuracy=[0.5, 0.25, 0.25], test_loss=1.5, top5=float("nan"), ece=0.1).assign(**columns)
+
+
+def test_test_measures_stand_on_the_runs_of_the_students_once_and_both_sides_name_each_other(store):
+    parent, spool = new_run(), store / "spool.jsonl"
+    students = {arm: log(parent, history(arms=(arm,)), arm=arm) for arm in ("kd", "at_a")}
+    evaluation = tracking.StageRun("toy", "05_evaluate", tracking.create_run("toy", "05_evaluate"))
+    tracking.SpooledRun("toy", "05_evaluate", evaluation.run_id, spool).log_evaluation(evaluated())
+    tracking.ingest(spool, evaluation)
+    evaluation.log_evaluation(evaluated())
+    for arm, accuracy in (("kd", 0.5), ("at_a", 0.25)):
+        data = client().get_run(students[arm]).data
+        test = {name: value for name, value in data.metrics.items() if name.startswith("test/")}
+        assert test == {"test/acc1": accuracy, "test/nll": 1.5, "test/ece": 0.1}
+        assert data.tags["evaluated_in"] == evaluation.run_id
+        assert len(client().get_metric_history(students[arm], "test/acc1")) == 1
+    tags = client().get_run(evaluation.run_id).data.tags
+    assert tags["evaluates"] == parent and parent in tags["mlflow.note.content"]
+
+
+def test_a_test_measure_that_has_changed_is_a_later_point_and_the_one_that_counts(store):
+    run_id = log(new_run(), history(arms=("kd",)), arm="kd")
+    evaluation = tracking.StageRun("toy", "05_evaluate", tracking.create_run("toy", "05_evaluate"))
+    only = evaluated().head(1)
+    evaluation.log_evaluation(only)
+    evaluation.log_evaluation(only.assign(test_accuracy=0.4))
+    points = client().get_metric_history(run_id, "test/acc1")
+    assert [(point.value, point.step) for point in points] == [(0.5, 0), (0.4, 0)]
+    assert client().get_run(run_id).data.metrics["test/acc1"] == 0.4
+
+
+def test_a_student_without_a_run_is_named_and_the_others_are_logged(store):
+    run_id = log(new_run(), history(arms=("kd",)), arm="kd")
+    evaluation = tracking.StageRun("toy", "05_evaluate", tracking.create_run("toy", "05_evaluate"), strict=True)
+    with pytest.warns(UserWarning, match="not logged for at_a seed 0: no run"):
+        evaluation.log_evaluation(evaluated())
+    assert client().get_run(run_id).data.metrics["test/acc1"] == 0.5
+
+
+def test_a_new_experiment_has_views_that_the_page_can_open(store):
+    experiment_id = tracking.open_experiment("toy")
+    tags = client().get_experiment(experiment_id).tags
+    log(new_run())
+    for key, view in tracking_page.VIEWS.items():
+        saved = tags[f"mlflow.sharedViewState.{key}"]
+        assert len(saved) < 5000  # MLflow's limit for a tag
+        saved = json.loads(saved)
+        state = json.loads(saved["state"])
+        assert saved["name"] == view.name and isinstance(saved["createdAt"], int)
+        assert [group["groupByData"] for group in state.get("groupBy", {}).get("groupByKeys", [])] == list(view.groups)
+        assert len(client().search_runs([experiment_id], state["searchFilter"])) == 1
+        assert f"compareRunsMode={view.mode}&viewStateShareKey={key}" in tags["mlflow.note.content"]
+
+
+# --- Networks
+
+
+@pytest.fixture
+def network_file(store):
+    """A small network in a file of the home, and the run of its training."""
+    file = store / "runs" / "toy" / "networks" / "at_uniform-s0.safetensors"
+    file.parent.mkdir(parents=True)
+    return save_model(build_model("resnet8_w4", 5, channels=1), file)
+
+
+IMAGES = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_network_loads_from_mlflow_without_pickles_gives_equal_logits_and_is_logged_once(
+    store, network_file, monkeypatch
+):
+    import mlflow
+
+    parent, spool = new_run(), store / "spool.jsonl"
+    run_id = log(parent)
+    model = {"name": "student", "arm": "at_uniform", "seed": 0, "file": network_file, "example": IMAGES}
+    tracking.SpooledRun("toy", "04_distill_students", parent, spool).log_network(**model)
+    run = tracking.StageRun("toy", "04_distill_students", parent)
+    tracking.ingest(spool, run)
+    address = client().get_run(run_id).data.tags["model"]
+    assert run.log_network(**model) == address
+    assert len(client().search_logged_models([tracking.open_experiment("toy")])) == 1
+    assert len(client().get_metric_history(run_id, "final/val_acc1")) == 1
+    assert [output.model_id for output in client().get_run(run_id).outputs.model_outputs] == [address.split("/")[1]]
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_store.tracking_uri())  # what load_model goes by
+    loaded, more = mlflow.pytorch.load_model(address), torch.rand(5, 1, 8, 8)
+    torch.testing.assert_close(loaded(more), load_model(network_file)[0](more))
+    info = mlflow.models.get_model_info(address)
+    assert [tuple(one.shape) for one in info.signature.inputs.inputs] == [(-1, 1, 8, 8)]
+    assert [tuple(one.shape) for one in info.signature.outputs.inputs] == [(-1, 5)]
+    example = mlflow.models.Model.load(address).load_input_example()
+    torch.testing.assert_close(torch.from_numpy(example["images"]), IMAGES, atol=1e-4, rtol=0)
+
+    other = save_model(build_model("resnet8_w4", 5, channels=1), network_file.with_name("at_uniform-s1.safetensors"))
+    log(parent, history(seeds=(1,)), seed=1)
+    second = run.log_network(**model | {"seed": 1, "file": other})
+    current = {
+        found.model_id: found.tags["current"]
+        for found in client().search_logged_models([tracking.open_experiment("toy")])
+    }
+    assert current == {address.split("/")[1]: "no", second.split("/")[1]: "yes"}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_network_that_cannot_be_exported_costs_nothing_but_itself(store, network_file, monkeypatch, strict):
+    def refuse(*arguments, **options):
+        raise RuntimeError("data-dependent control flow\nsecond line")
+
+    monkeypatch.setattr(torch.export, "export", refuse)
+    parent = new_run()
+    run_id = log(parent)
+    run = tracking.StageRun("toy", "04_distill_students", parent, strict)
+    with pytest.warns(UserWarning, match="at_uniform seed 0 was not logged: torch.export: data-dependent") as caught:
+        run.log_network(name="student", arm="at_uniform", seed=0, file=network_file, example=IMAGES)
+    assert "\n" not in str(caught[-1].message)
+    assert client().get_run(run_id).data.tags["model"].startswith("not exported: torch.export: data-dependent")
+    assert not client().search_logged_models([tracking.open_experiment("toy")])
+
+
+def test_a_network_whose_file_or_run_is_gone_is_a_warning(store, network_file):
+    parent = new_run()
+    run = tracking.StageRun("toy", "04_distill_students", parent, strict=True)
+    model = {"name": "student", "arm": "at_uniform", "seed": 0, "file": network_file, "example": IMAGES}
+    with pytest.warns(UserWarning, match="it has no run"):
+        run.log_network(**model)
+    log(parent)
+    network_file.unlink()
+    with pytest.warns(UserWarning, match="safetensors is gone"):
+        run.log_network(**model)
+
+
+def test_a_spooled_network_is_found_again_when_the_home_has_moved(store, network_file):
+    spool, notebook = spooled(store)
+    notebook.log_network(name="student", arm="at_uniform", seed=0, file=network_file, example=IMAGES)
+    assert json.loads(spool.read_text())["arguments"]["file"] == "runs/toy/networks/at_uniform-s0.safetensors"
+
+
 def test_runs_of_dead_processes_are_closed_as_killed_and_living_ones_are_left(store):
     alive, dead, elsewhere = new_run(), new_run(), new_run()
     gone = subprocess.run(
@@ -365,7 +550,7 @@ def test_a_tracker_that_is_away_is_not_waited_for_at_every_line(tmp_path, monkey
         tries.append(arguments)
         raise ConnectionError("nobody answers")
 
-    monkeypatch.setattr(tracking, "_log_metrics", away)
+    monkeypatch.setattr(tracking_notebook, "log_points", away)
     with pytest.raises(tracking.TrackingError, match="nobody answers"):
         tracking.ingest(spool, tracking.StageRun("toy", "04_distill_students", "x"))
     assert len(tries) == 2 and spool.read_text() == before
