@@ -15,14 +15,9 @@ from PIL import Image
 from scipy import stats
 
 from pursuhint_lib.evaluation import contrast, summarize
+from pursuhint_lib.formatting import DASH, MINUS
 from pursuhint_lib.params import STAGES
-from pursuhint_lib.report import (
-    DASH,
-    FIGURES,
-    MINUS,
-    TEMPLATE,
-    write_report,
-)
+from pursuhint_lib.report import FIGURES, TEMPLATE, write_report
 from pursuhint_lib.storage import REPOSITORY, read_json, read_table, save_json, save_table
 from pursuhint_lib.tracking import LAB_TABLE
 
