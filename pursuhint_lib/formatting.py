@@ -27,7 +27,20 @@ def environment() -> Environment:
         "points": lambda x: _number(x, _points(x)),
         "points_range": lambda ends: _range(ends, _points, " to "),
         "whole": lambda x: _number(x, f"{x:,.0f}"),
-        "decimal": lambda x: _number(x, f"{x:.3f}"),
+        "points_of": lambda x: _number(x, f"{100 * x:.2f}"),
+        "plain": lambda x: _number(x, f"{x:,}"),
+        "one_decimal": lambda x: _number(x, f"{x:.1f}"),
+        "measure": lambda x, kind: _number(
+            x, f"{MEASURED[kind](x)}\u202f%" if kind == "percent" else MEASURED[kind](x)
+        ),
+        "measure_range": lambda ends, kind: _range(ends, MEASURED[kind], f"\u2009{DASH}\u2009"),
+        "signed": lambda x: _number(x, _signed(x)),
+        "p": lambda x: _number(x, f"{x:.3f}" if x >= 0.001 else "<\u20090.001"),
+        "milliseconds": lambda x: _number(x, f"{x:,.2f}"),
+        "megabytes": lambda x: _number(x / 1e6, f"{x / 1e6:,.2f}"),
+        "milliseconds_range": lambda ends: _range(ends, lambda x: f"{x:,.2f}", f"\u2009{DASH}\u2009"),
+        "decimal_range": lambda ends: _range(ends, _decimal, f"\u2009{DASH}\u2009"),
+        "decimal": lambda x: _number(x, _decimal(x)),
         "breakable": lambda name: Markup("<wbr>").join(_pieces(str(name))),
         "seconds": lambda x: _number(x, f"{x:,.1f}"),
         "verdict": verdict,
@@ -53,9 +66,17 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}".replace("-", MINUS)
 
 
+def _decimal(x: float) -> str:
+    return f"{x:.3f}".replace("-", MINUS)
+
+
 def _points(fraction: float) -> str:
     """Points with two decimals and a sign; what rounds to zero has no sign."""
-    text = f"{100 * fraction:+.2f}".replace("-", MINUS)
+    return _signed(100 * fraction)
+
+
+def _signed(x: float) -> str:
+    text = f"{x:+.2f}".replace("-", MINUS)
     return text[1:] if float(text[1:]) == 0 else text
 
 
@@ -63,3 +84,6 @@ def _pieces(name: str) -> list[Markup]:
     """A name in parts between which a line may break."""
     parts = name.replace("_", "_\0").replace(".", ".\0").split("\0")
     return [escape(part) for part in parts]
+
+
+MEASURED = {"percent": _percent, "decimal": _decimal}

@@ -5,12 +5,10 @@ deleted report is rebuilt in a moment. Every number on the page carries its unro
 every table and figure names the run and commit that it came from. The page needs no network and no script.
 """
 
-import base64
 import itertools
 import json
 import math
 import shutil
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,75 +16,16 @@ from typing import Any
 import pandas as pd
 
 from pursuhint_lib import findings
-from pursuhint_lib.facts import Facts, read_facts
+from pursuhint_lib.facts import COMPARED, Facts, read_facts
+from pursuhint_lib.figures import shown_figures
 from pursuhint_lib.formatting import environment
+from pursuhint_lib.literature import TABLE as LITERATURE
+from pursuhint_lib.literature import beside_literature
 from pursuhint_lib.params import STAGES
 from pursuhint_lib.storage import home, report_folder, save_table, written_whole
 
 TEMPLATE = "report.html.j2"
-
-# stage, figure, title, how to read it (the caption and, with the title, the text for readers who cannot see it)
-FIGURES = (
-    (
-        "02_profile_layers",
-        "similarity",
-        "How alike the teacher's layers are",
-        "Both axes count the candidate layers by depth; 1 means alike, 0 means unrelated. "
-        "A bright block is a run of layers that say much the same.",
-    ),
-    (
-        "03_cluster_layers",
-        "clusters",
-        "The layers in clusters",
-        "One color per cluster, numbered by depth; a star marks the hint point, the layer that stands for its cluster.",
-    ),
-    (
-        "03_cluster_layers",
-        "measures",
-        "The same clustering under every measure",
-        "A row per measure, a color per cluster, stars on hint points, lines between the network's stages. "
-        "Rows that look alike are measures whose choice does not matter.",
-    ),
-    (
-        "03_cluster_layers",
-        "agreement",
-        "How firm the clusters are",
-        "What else could have been: other images, fewer images, another measure, another teacher, no training at all. "
-        "1 means that the clusters stay the same, 0 that they agree as by chance; a dot is one comparison, a bar the "
-        "mean.",
-    ),
-    (
-        "03_cluster_layers",
-        "strategies",
-        "Hint points by strategy",
-        "A row per strategy on one depth axis, a dot per hint point. Rows that look alike are near-equal choices.",
-    ),
-    (
-        "04_distill_students",
-        "curves",
-        "Training curves",
-        "How training went, epoch by epoch: a line per arm, or per method where there are many arms, is the mean of "
-        "its students, the band spans them all. The last epoch counts, not the best one.",
-    ),
-    (
-        "05_evaluate",
-        "accuracy",
-        "Test accuracy, seed by seed",
-        "A dot per seed and a bar at the mean. Where the dots of two arms overlap, look at the paired differences.",
-    ),
-    (
-        "05_evaluate",
-        "differences",
-        "Paired differences to KD without hints",
-        "Each arm minus KD of the same seed, mean and interval. An interval across zero cannot tell the two apart.",
-    ),
-    (
-        "05_evaluate",
-        "student_similarity",
-        "Students beside the teacher",
-        "How alike each student's layers are to the teacher's: did hints make them more alike?",
-    ),
-)
+MODEL_CARD = "student/MODEL_CARD.md"  # beside the page, where a student was exported
 
 
 def write_report(study: str) -> Path:
@@ -100,28 +39,45 @@ def write_report(study: str) -> Path:
     comparisons = list(facts.contrasts.itertuples())
     tables, pictures = _unique_names(_tables(runs)), _unique_names(_pictures(runs))
     template = environment().get_template(TEMPLATE)
+    arms, runs_behind = findings.main_rows(facts), findings.runs_behind(facts)
     page = template.render(
         study=study,
         facts=facts,
         level=f"{100 * facts.confidence:g}\u202f%",
+        verdict=findings.verdict_on_choice(facts),
         headline=findings.headline(facts, comparisons),
         setting=findings.setting(facts),
-        arms=findings.main_rows(facts),
+        arms=[row for row in arms if not findings.is_of_landscape(row.strategy)],
+        of_landscape=[row for row in arms if findings.is_of_landscape(row.strategy)],
+        compared_more=facts.summary[COMPARED].notna().any(axis=None),
         comparisons=findings.by_arm(comparisons),
         chosen=findings.chosen_layers(facts),
-        figures=_figures(facts, runs, pictures),
+        stability=findings.stability(facts),
+        landscape=findings.landscape(facts),
+        measured=findings.measured(facts),
+        costs=findings.costs(facts),
+        beside=beside_literature(facts),
+        limits=findings.limits(facts),
+        figures=shown_figures(facts, runs, pictures),
         students=findings.students(facts),
+        numbers={arm: number for number, arm in enumerate(runs_behind)},
+        runs_behind=runs_behind,
+        runs_of_control=lambda arm, control: findings.runs_of_control(facts, runs_behind, arm, control),
         source=lambda stage: _source(facts, stage),
-        READINGS=findings.READINGS,
         provenance=_provenance(facts),
         failed=findings.failed(facts),
         n_random=sum(name.startswith("random") for name in facts.hint_points),
+        model_card=MODEL_CARD if (reports / MODEL_CARD).exists() else "",
+        READINGS=findings.READINGS,
+        MEASURES=findings.MEASURES,
     )
     report_folder(study)
     for kind, files in (("tables", tables), ("figures", pictures)):
         for name, source in files.items():
             with written_whole(reports / kind / name) as temporary:
                 shutil.copyfile(source, temporary)
+    with written_whole(reports / "tables" / LITERATURE) as temporary:
+        shutil.copyfile(Path(__file__).parent / LITERATURE, temporary)
     save_table(_provenance_table(facts), reports / "tables" / "provenance.csv")
     path = reports / "report.html"
     with written_whole(path) as temporary:
@@ -143,35 +99,6 @@ def _provenance_table(facts: Facts) -> pd.DataFrame:
 
 
 # --- Figures and files
-
-
-def _figures(facts: Facts, runs: Path, pictures: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """The figures that are there, as data URLs with their size in pixels, in the order of FIGURES.
-
-    pictures: name in the report's folder -> file.
-    """
-    named = {path: name for name, path in pictures.items()}
-    about = f"{len(facts.layers)} candidate layers of {facts.teacher['network']}"
-    found = []
-    for stage, name, title, reading in FIGURES:
-        path = runs / stage / "figures" / f"{name}.png"
-        if path.exists():
-            content = path.read_bytes()
-            width, height = struct.unpack(">II", content[16:24])  # of the PNG header
-            found.append(
-                {
-                    "stage": stage,
-                    "name": name,
-                    "title": title,
-                    "reading": reading,
-                    "alt": f"{title}: study of {about}. {reading}",
-                    "url": "data:image/png;base64," + base64.b64encode(content).decode(),
-                    "width": width,
-                    "height": height,
-                    "pdf": named.get(path.with_suffix(".pdf"), ""),
-                }
-            )
-    return found
 
 
 def _tables(runs: Path) -> list[Path]:
