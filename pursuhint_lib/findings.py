@@ -353,7 +353,7 @@ def chosen_layers(facts: Facts) -> list[dict[str, Any]]:
         if points["layers"]:
             same_as = earlier.setdefault((*points["layers"], pairing, source, redrawn), strategy)
             row = {"strategy": strategy, "hints": hints, "same_as": "" if same_as == strategy else same_as}
-            rows.append(row | {"note": "; ".join(notes), "of_landscape": is_of_landscape(strategy)})
+            rows.append(row | {"note": "; ".join(notes), "subset": strategy.startswith("subset_")})
     return rows
 
 

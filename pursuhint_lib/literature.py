@@ -115,9 +115,10 @@ def _ours(facts: Facts, method: str) -> list[tuple[str, float, int]]:
         rows = facts.summary[facts.summary["arm"] == "unaided"]
     else:
         wanted = parse_method(method)
-        same = [_same(parse_method(name), wanted) if name != "none" else False for name in facts.summary["method"]]
+        distilled = facts.summary[facts.summary["arm"] != "unaided"]
+        same = distilled["method"].map(lambda name: _same(parse_method(name), wanted)).astype(bool)
         strategies = ["none", "stage_ends", main_strategy(facts.hint_points)]
-        rows = facts.summary[same & facts.summary["strategy"].isin(strategies)]
+        rows = distilled[same & distilled["strategy"].isin(strategies)]
     return [(row.arm, row.test_mean, row.n) for row in rows.sort_values("arm").itertuples()]
 
 
