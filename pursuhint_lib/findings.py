@@ -243,7 +243,7 @@ def costs(facts: Facts) -> dict[str, Any]:
 
 
 def landscape(facts: Facts) -> dict[str, Any]:
-    """What landscape.json says: answer (a sentence, or ""), placements (rows with arm, method, strategy, mean,
+    """What landscape.json says: answer (text, or ""; joined where it has one per hint method), placements (rows with arm, method, strategy, mean,
     percentile, percentile_low, percentile_high; "" and NaN for what is not there).
     """
     placements = []
@@ -251,7 +251,8 @@ def landscape(facts: Facts) -> dict[str, Any]:
         row = {name: given.get(name) or "" for name in ("arm", "method", "strategy")}
         values = ((name, given.get(name)) for name in ("mean", "percentile", "percentile_low", "percentile_high"))
         placements.append(row | {name: math.nan if value is None else value for name, value in values})
-    return {"answer": facts.landscape.get("answer") or "", "placements": placements}
+    answer = facts.landscape.get("answer") or ""
+    return {"answer": " ".join(answer.values()) if isinstance(answer, Mapping) else answer, "placements": placements}
 
 
 def limits(facts: Facts) -> dict[str, Any]:

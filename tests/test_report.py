@@ -984,6 +984,12 @@ def test_a_landscape_is_placed_answered_and_folded(home):
     )
 
 
+def test_the_answers_of_several_methods_are_all_told(home):
+    runs = make_study(home, figures=False)
+    save_json({"answer": {"at": "AT: yes.", "vid": "VID: no."}}, runs / "05_evaluate" / "landscape.json")
+    assert "AT: yes. VID: no." in text(report(home).section("landscape"))
+
+
 def test_without_a_landscape_there_is_no_section_of_one(home):
     add_tables(make_study(home, figures=False))
     assert report(home).section("landscape") is None
