@@ -243,8 +243,8 @@ def costs(facts: Facts) -> dict[str, Any]:
 
 
 def landscape(facts: Facts) -> dict[str, Any]:
-    """What landscape.json says: answer (text, or ""; joined where it has one per hint method), placements (rows with arm, method, strategy, mean,
-    percentile, percentile_low, percentile_high; "" and NaN for what is not there).
+    """What landscape.json says: answer (text, joined where it has one per hint method, or ""), placements (rows with
+    arm, method, strategy, mean, percentile, percentile_low, percentile_high; "" and NaN for what is not there).
     """
     placements = []
     for given in facts.landscape.get("placements") or []:
