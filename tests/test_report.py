@@ -4,6 +4,7 @@ import fnmatch
 import json
 import math
 import re
+import shutil
 import tomllib
 from html.parser import HTMLParser
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -15,14 +16,16 @@ from PIL import Image
 from scipy import stats
 
 from pursuhint_lib.comparison import contrast, summarize
+from pursuhint_lib.facts import COMPARED
+from pursuhint_lib.figures import FIGURES
+from pursuhint_lib.findings import MEASURES
+from pursuhint_lib.formatting import DASH, MINUS
+from pursuhint_lib.literature import SOURCES, TABLE
+from pursuhint_lib.logit_losses import LOGIT_LOSSES
+from pursuhint_lib.methods import METHODS
+from pursuhint_lib.models import MODELS
 from pursuhint_lib.params import STAGES
-from pursuhint_lib.report import (
-    DASH,
-    FIGURES,
-    MINUS,
-    TEMPLATE,
-    write_report,
-)
+from pursuhint_lib.report import MODEL_CARD, TEMPLATE, write_report
 from pursuhint_lib.storage import REPOSITORY, read_json, read_table, save_json, save_table
 from pursuhint_lib.tracking import LAB_TABLE
 
@@ -58,7 +61,7 @@ HOSTILE = '<script>alert("1")</script> & co'
 
 
 def make_study(home, *, seeds=5, methods=("at",), confidence=0.95, records=True, figures=True, classes=("0", "1", "2")):
-    """A small made-up study below `home`; returns its folder of runs."""
+    """A small made-up study below `home`, with the tables that every study has; returns its folder of runs."""
     runs = home / "runs" / "toy"
     teach, profile, cluster, distill, evaluate = (runs / stage for stage in STAGES)
     random = np.random.default_rng(7)
@@ -134,16 +137,107 @@ def make_study(home, *, seeds=5, methods=("at",), confidence=0.95, records=True,
     )
 
     if figures:
-        for number, (stage, name, _, _) in enumerate(FIGURES):
-            folder = runs / stage / "figures"
+        for number, figure in enumerate(FIGURES):
+            folder = runs / figure.stage / "figures"
             folder.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (40 + number, 20), "white").save(folder / f"{name}.png")
-            (folder / f"{name}.pdf").write_bytes(b"%PDF")
+            Image.new("RGB", (40 + number, 20), "white").save(folder / f"{figure.name}.png")
+            (folder / f"{figure.name}.pdf").write_bytes(b"%PDF")
         Image.new("RGB", (4, 4)).save(teach / "curves.png")
     if records:
         for number, stage in enumerate(STAGES):
             save_json(_record(stage, number), runs / stage / "record.json")
     return runs
+
+
+FAMILY = 8  # comparisons that the made-up p values are corrected over
+
+
+def add_certainty(runs):
+    """Bootstrap, effect size, p values and detectable differences, made up, in summary and contrasts."""
+    random = np.random.default_rng(3)
+    for name, ends in (("summary", "difference_"), ("contrasts", "")):
+        path = runs / "05_evaluate" / f"{name}.csv"
+        table = read_table(path)
+        known = table["difference" if ends else "mean"].notna()
+        columns = {
+            "boot_low": table[f"{ends}low"] * 0.9,
+            "boot_high": table[f"{ends}high"] * 0.9,
+            "effect": random.normal(0, 2, len(table)),
+            "p": random.uniform(0.0001, 0.04, len(table)),
+            "p_holm": random.uniform(0.06, 0.9, len(table)),
+            "detectable": random.uniform(0.005, 0.02, len(table)),
+        }
+        table = table.assign(**{key: pd.Series(values).where(known) for key, values in columns.items()})
+        if name == "contrasts":
+            main = table["arm"].str.endswith("clustered_r2_cca")
+            table["family"] = np.where(main, "main", "other")
+            table["comparisons"] = FAMILY
+            table.loc[table["word"] == "same layers", ["effect", "p", "p_holm", "detectable"]] = math.nan
+        save_table(table, path)
+
+
+def add_tables(runs):
+    """What a study of today has beyond `make_study`: certainty, measures, costs, stability, seconds."""
+    profile, cluster, distill, evaluate = (runs / stage for stage in list(STAGES)[1:])
+    random = np.random.default_rng(5)
+    add_certainty(runs)
+    results = read_table(evaluate / "results.csv")
+    save_table(results.assign(temperature=random.uniform(0.9, 1.6, len(results))), evaluate / "results.csv")
+    means = random.uniform(0.1, 0.9, (results["arm"].nunique(), len(MEASURES)))
+    measures = [
+        {"arm": arm, "measure": name, "n": 5, "mean": mean, "low": mean - 0.0123, "high": mean + 0.0123}
+        for arm, row in zip(dict.fromkeys(results["arm"]), means, strict=True)
+        for name, mean in zip(MEASURES, row, strict=True)
+    ]
+    save_table(pd.DataFrame(measures), evaluate / "measures.csv")
+    more = {"top5": 0.971, "ece": 0.0765, "temperature": 1.3, "ece_scaled": 0.0213, "loss_scaled": 0.91}
+    save_json(TEACHER | more, evaluate / "teacher.json")
+    sizes = [("teacher", "resnet32", 464154, 69_000_000), ("student", "resnet8_w4", 5012, 800_000)]
+    save_table(pd.DataFrame(sizes, columns=["role", "network", "parameters", "macs"]), evaluate / "costs.csv")
+    speed = [
+        ("teacher", 1, 12.3456, 12.0, 13.0, 81.0, 7_654_321, "cpu", 2, "float32"),
+        ("student", 64, 3.25, 3.0, 3.5, 19692.3, 1_234_567, "cpu", 2, "float32"),
+    ]
+    columns = ["role", "batch", "latency_ms", "latency_low", "latency_high", "images_per_second", "peak_memory_bytes"]
+    save_table(pd.DataFrame(speed, columns=[*columns, "device", "threads", "precision"]), evaluate / "speed.csv")
+    arms = [arm for arm in dict.fromkeys(results["arm"]) if arm != "unaided"]
+    adapters = {
+        "arm": arms,
+        "adapter_parameters": range(len(arms)),
+        "state_bytes": [1000 * i for i in range(len(arms))],
+    }
+    save_table(pd.DataFrame(adapters), runs / "04_distill_students" / "adapters.csv")
+    save_table(
+        pd.DataFrame([("profile", 1.25), ("cluster", 0.5)], columns=["what", "seconds"]), profile / "timings.csv"
+    )
+    trained = results.loc[results["same_as"].isna() & (results["arm"] != "unaided"), ["arm", "seed"]]
+    epochs = [trained.assign(epoch=epoch, seconds=10.0 * epoch + trained["seed"]) for epoch in (1, 2)]
+    save_table(pd.concat(epochs), distill / "timings.csv")
+    partitions = [("random halves", 1.0, 3, 0), ("random halves", 0.5, 1, 2), ("measures", 0.75, 2, 1)]
+    save_table(
+        pd.DataFrame(partitions, columns=["between", "adjusted_rand", "shared", "largest_shift"]),
+        cluster / "partitions.csv",
+    )
+
+
+def add_landscape(runs, subsets=20):
+    """Arms of subsets and single layers, and what landscape.json says of them."""
+    evaluate = runs / "05_evaluate"
+    results = read_table(evaluate / "results.csv")
+    one = results[results["arm"] == "at_uniform"]
+    names = [f"subset_{i}_{i + 1}_{i + 2}" for i in range(1, subsets + 1)] + ["single_1", "single_2"]
+    more = [one.assign(arm=f"at_{name}", strategy=name, test_accuracy=0.6 + i / 1000) for i, name in enumerate(names)]
+    results = pd.concat([results, *more]).astype({"same_as": object}).fillna({"same_as": ""})
+    save_table(results, evaluate / "results.csv")
+    save_table(summarize(results, TEACHER["test_accuracy"]), evaluate / "summary.csv")
+    placements = [
+        {"method": "at", "strategy": "uniform", "arm": "at_uniform", "mean": 0.635, "percentile": 0.8125}
+        | {"percentile_low": 0.25, "percentile_high": 0.975, "gain": 0.01, "gain_low": 0.0, "gain_high": 0.02},
+        {"method": "at", "strategy": "reversed", "arm": "at_reversed", "mean": 0.65, "percentile": 0.9},
+    ]
+    save_table(pd.DataFrame(placements), evaluate / "placement.csv")
+    answer = f"The subsets differ by less than <b>their</b> noise: {HOSTILE}"
+    save_json({"at": {"subsets": subsets, "answer": answer}}, evaluate / "landscape.json")
 
 
 def _history(arms, seeds, epochs):
@@ -208,6 +302,10 @@ class Page(HTMLParser):
     def all(self, tag, **attributes):
         return [e for e in self.root.iter(tag) if all(e.get(k.replace("_", "-")) == v for k, v in attributes.items())]
 
+    def section(self, name):
+        """The section of that heading, or None."""
+        return next(iter(self.all("section", aria_labelledby=name)), None)
+
     def table(self, label):
         return next(e for e in self.all("div", role="region") if e.get("aria-label") == label)
 
@@ -219,6 +317,11 @@ def text(element):
 def numbers(element):
     """The unrounded values in an element, in the order of reading."""
     return [float(e.get("value")) for e in element.iter("data")]
+
+
+def cells(row):
+    """The same of a row's cells, without its heading."""
+    return [value for cell in row.findall("td") for value in numbers(cell)]
 
 
 def report(home):
@@ -286,11 +389,15 @@ def test_the_teacher_comes_first_and_the_unaided_student_last_the_rest_by_test_a
 
 
 def test_every_number_on_the_page_is_its_value_rounded(home):
-    make_study(home, methods=("at", "fitnet"))
+    runs = make_study(home, methods=("at", "fitnet"))
+    add_tables(runs)
     shown = report(home).all("data")
-    assert len(shown) > 300
+    assert len(shown) > 700
     for element in shown:
         value, words = float(element.get("value")), text(element)
+        if words.startswith("<"):  # "< 0.001"
+            assert value < float(words.removeprefix("<"))
+            continue
         digits = words.replace(MINUS, "-").replace("%", "").replace("+", "").replace(",", "").strip()
         half = 0.5 * 10.0 ** -len(digits.partition(".")[2]) + 1e-9
         assert min(abs(float(digits) - value), abs(float(digits) - 100 * value)) <= half, (value, words)
@@ -298,7 +405,7 @@ def test_every_number_on_the_page_is_its_value_rounded(home):
 
 
 def test_the_page_needs_no_network_and_no_script(home):
-    make_study(home)
+    add_landscape(make_study(home))
     page = report(home)
     assert not page.all("script") and not page.all("link") and not page.all("iframe")
     addresses = [
@@ -313,11 +420,12 @@ def test_the_page_needs_no_network_and_no_script(home):
 
 def test_every_address_of_a_file_leads_to_one_beside_the_page(home):
     make_study(home)
+    add_tables(home / "runs" / "toy")
     (home / "runs" / "toy" / "01_train_teacher" / "figures").mkdir()
     (home / "runs" / "toy" / "01_train_teacher" / "figures" / "curves.pdf").write_bytes(b"%PDF of another stage")
     page = report(home)
     folder = home / "reports" / "toy"
-    links = [e.get("href") for e in page.all("a")]
+    links = [e.get("href") for e in page.all("a") if e.get("class") != "source"]
     assert "figures/04_distill_students_curves.pdf" in links
     for link in links:
         target = (
@@ -328,17 +436,44 @@ def test_every_address_of_a_file_leads_to_one_beside_the_page(home):
 
 def test_names_from_outside_are_shown_as_text(home):
     runs = make_study(home, classes=[HOSTILE, "1"])
-    for name in ("results.csv", "summary.csv"):
-        table = read_table(runs / "05_evaluate" / name)
-        table = table.replace({"arm": {"at_random_1": HOSTILE}, "strategy": {"random_1": f"random_{HOSTILE}"}})
-        save_table(table, runs / "05_evaluate" / name)
+    add_tables(runs)
+    for name in ("results.csv", "summary.csv", "measures.csv", "adapters.csv", "contrasts.csv"):
+        folder = runs / ("04_distill_students" if name == "adapters.csv" else "05_evaluate")
+        table = read_table(folder / name)
+        renamed = "at_clustered_first_r2_cca" if name == "contrasts.csv" else "at_random_1"
+        table = table.replace({"arm": {renamed: HOSTILE}, "strategy": {"random_1": f"random_{HOSTILE}"}})
+        save_table(table, folder / name)
+    save_table(pd.DataFrame([(HOSTILE, 1.0)], columns=["what", "seconds"]), runs / "02_profile_layers" / "timings.csv")
+    partitions = read_table(runs / "03_cluster_layers" / "partitions.csv")
+    save_table(partitions.assign(between=HOSTILE), runs / "03_cluster_layers" / "partitions.csv")
+    save_json({HOSTILE: {"answer": HOSTILE}}, runs / "05_evaluate" / "landscape.json")
+    columns = ["method", "strategy", "arm", "mean", "percentile", "percentile_low", "gain"]
+    save_table(
+        pd.DataFrame([("at", HOSTILE, HOSTILE)], columns=columns[:3]).reindex(columns=columns),
+        runs / "05_evaluate" / "placement.csv",
+    )
     points = json.loads((runs / "03_cluster_layers" / "hint_points.json").read_text())
     save_json(points | {HOSTILE: {"layers": [HOSTILE]}}, runs / "03_cluster_layers" / "hint_points.json")
     page = report(home)
     assert not page.all("script")
-    assert [text(row).count(HOSTILE) for row in page.all("tr", data_arm=HOSTILE)] == [1] + [1] * 5
+    assert [text(row).count(HOSTILE) for row in page.all("tr", data_arm=HOSTILE)] == [1] * 15
     assert text(page.all("tr", data_strategy=HOSTILE)[0]).count(HOSTILE) == 2  # strategy and layer
     assert HOSTILE in text(page.table("Setting"))
+    for label in ("Cost of the selection", "Stability of the clusters", "Named choices among all subsets"):
+        assert HOSTILE in text(page.table(label)), label
+    assert text(page.section("landscape")).count(HOSTILE) == 2 and HOSTILE in text(page.section("answer"))
+
+
+def figure_id(figure):
+    return f"figure_{figure.stage[:2]}_{figure.name}"
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=figure_id)
+def test_every_figure_stands_in_the_section_that_it_belongs_to(home, figure):
+    make_study(home)
+    page = report(home)
+    section = page.section(figure.section if figure.section != "comparisons" else "results")
+    assert section.find(f".//figure[@id='{figure_id(figure)}']") is not None
 
 
 def test_a_figure_that_is_missing_leaves_nothing_behind(home):
@@ -347,15 +482,23 @@ def test_a_figure_that_is_missing_leaves_nothing_behind(home):
     (runs / "02_profile_layers" / "figures" / "similarity.pdf").unlink()
     page = report(home)
     found = [figure.get("id") for figure in page.all("figure")]
-    assert found == [name for _, name, _, _ in FIGURES if name != "clusters"]
-    assert len(page.all("img")) == len(found) and "figures/similarity.pdf" not in page.source
+    assert found == [figure_id(figure) for figure in FIGURES if figure.name != "clusters"]
+    assert len(set(found)) == len(page.all("img")) and "figures/similarity.pdf" not in page.source
     assert all(image.get("src") and image.get("alt") and int(image.get("width")) >= 40 for image in page.all("img"))
 
 
-def test_without_figures_there_is_no_section_of_figures(home):
-    make_study(home, figures=False)
+def test_without_figures_and_newer_tables_their_sections_are_left_out(home):
+    runs = make_study(home, figures=False)
+    for name in ("summary.csv", "contrasts.csv"):
+        table = read_table(runs / "05_evaluate" / name)
+        save_table(table.drop(columns=[*COMPARED, "comparisons"], errors="ignore"), runs / "05_evaluate" / name)
     page = report(home)
-    assert not page.all("figure") and not page.all("section", aria_labelledby="figures")
+    assert not page.all("figure")
+    headings = [section.get("aria-labelledby") for section in page.all("section")]
+    assert headings == [
+        *("answer", "setting", "results", "layers", "stability", "cost", "literature", "limits", "provenance")
+    ]
+    assert "Holm" not in text(page.root) and "Certainty of every arm against KD" not in page.source
 
 
 def test_an_arm_with_the_layers_of_another_says_so_everywhere(home):
@@ -404,7 +547,7 @@ def test_an_interval_is_read_in_the_same_words_everywhere(home, shift, word, sen
     page = with_differences(home, make_study(home), shift + np.array([-1, 1, 0, 2, -2]) / 1000)
     row = page.table("Accuracy of all arms").find(".//tr[@data-arm='at_clustered_r2_cca']")
     assert text(row.find(".//span[@class]")) == word
-    assert answer in text(page.all("div", **{"class": "answer"})[0])
+    assert answer in text(page.all("p", **{"class": "method"})[0])
     told = next(text(item) for item in page.all("li") if text(item).startswith("Against KD"))
     assert told.endswith(f"n = 5 paired seeds): {sentence}.")
 
@@ -572,7 +715,8 @@ def test_tables_and_figures_lie_beside_the_page(home):
         runs / "05_evaluate" / "summary.csv"
     ).read_bytes()
     figures = {path.name for path in (home / "reports" / "toy" / "figures").iterdir()}
-    assert figures == {f"{name}.{suffix}" for _, name, _, _ in FIGURES for suffix in ("png", "pdf")}
+    names = {figure.name if figure.name != "measures" else f"{figure.stage}_measures" for figure in FIGURES}
+    assert figures == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
 
 
 def test_ways_to_match_logits_are_named_where_there_are_others_than_kd(home):
@@ -626,8 +770,372 @@ def test_no_number_means_a_dash_not_nan(home):
     )
 
 
-def test_the_template_is_packed_with_the_library():
+def with_contrasts(home, runs, words, p_holm=math.nan, mean=0.01):
+    """The main arm's contrasts, kd left out, as told: one word each, in the order of the controls."""
+    path = runs / "05_evaluate" / "contrasts.csv"
+    table = read_table(path)
+    table = table[~table["control"].str.startswith("clustered_first")]
+    rows = (table["arm"] == "at_clustered_r2_cca") & (table["control"] != "kd")
+    table.loc[rows, "word"] = words
+    table.loc[rows, "mean"] = [mean if word != "worse" else -mean for word in words]
+    table.loc[rows, "p_holm"] = p_holm
+    save_table(table, path)
+    return report(home)
+
+
+@pytest.mark.parametrize(
+    ("words", "p_holm", "answer", "says"),
+    [
+        (["better"] * 3, 0.01, "better", "in favor of the method: taking hints from the clustered layers was better"),
+        (["better"] * 3, 0.01, "better", "was better than every other choice"),
+        (["better", "includes zero", "worse"], [0.01, 0.9, 0.2], "better", "better than some other choices"),
+        (["worse"] * 3, 0.05, "worse", "layers was worse than every other choice"),
+        (["worse", "includes zero", "better"], [0.01, 0.9, 0.2], "worse", "worse than some other choices"),
+        (["better", "includes zero", "worse"], [0.01, 0.9, 0.02], "mixed", "both ways"),
+        (["better", "includes zero", "worse"], [0.2, 0.9, 0.3], "uncorrected", "survives the correction"),
+        (["includes zero"] * 3, 0.7, "open", "cannot tell the clustered layers"),
+        (["unknown (one seed)"] * 3, math.nan, "one seed", "one seed gives no interval"),
+        (["same layers"] * 3, math.nan, "same layers", "Nothing to compare"),
+        (["worse", "includes zero", "includes zero"], math.nan, "worse", "worse than some other choices"),
+    ],
+)  # fmt: skip
+def test_the_verdict_comes_first_and_follows_the_corrected_numbers(home, words, p_holm, answer, says):
+    runs = make_study(home)
+    page = with_contrasts(home, runs, words, p_holm)
+    verdict = next(element for element in page.root.iter("p") if element.get("data-answer"))
+    assert verdict.get("data-answer") == answer and says in text(verdict)
+    row = page.table("The verdict in numbers").find(".//tr[@data-against='Other choices of layers']")
+    compared = [word for word in words if word != "same layers"]
+    counts = [len(compared)] + ([3 - len(compared)] if compared != words else [])
+    counts += [3] if "unknown (one seed)" in words else []
+    counts += [words.count(word) for word in ("better", "worse", "includes zero")]
+    if not np.isnan(p_holm).all():
+        kept = [word for word, p in zip(words, np.broadcast_to(p_holm, 3), strict=True) if p <= 0.05]
+        counts += [kept.count("better"), kept.count("worse")]
+    assert cells(row)[: len(counts)] == counts
+
+
+def test_how_much_and_how_sure_are_medians_and_ranges_of_the_comparisons(home):
+    runs = make_study(home, methods=("at", "fitnet"))
+    add_certainty(runs)
+    table = read_table(runs / "05_evaluate" / "contrasts.csv")
+    own = table[
+        table["arm"].str.endswith("clustered_r2_cca") & (table["family"] == "main") & (table["control"] != "kd")
+    ]
+    page = report(home)
+    row = page.table("The verdict in numbers").find(".//tr[@data-against='Other choices of layers']")
+    assert cells(row)[0] == len(own) == 8
+    assert cells(row)[-3:] == [own["mean"].median(), own["mean"].min(), own["mean"].max()]
+    told = next(p for p in page.all("p") if text(p).startswith("By how much?"))
+    assert numbers(told)[:4] == [8, own["mean"].median(), own["mean"].min(), own["mean"].max()]
+    assert numbers(told)[-1] == own["detectable"].median()
+    hints = page.table("The verdict in numbers").find(".//tr[@data-against='No hints']")
+    assert cells(hints)[0] == 2 and FAMILY in numbers(page.table("The verdict in numbers").find(".//caption"))
+
+
+def test_hints_used_otherwise_are_no_other_choice_of_layers(home):
+    runs = make_study(home)
+    file = runs / "03_cluster_layers" / "hint_points.json"
+    chosen = read_json(file)
+    save_json(chosen | {"uniform": chosen["clustered_r2_cca"] | {"pairing": "reversed"}}, file)
+    table = report(home).table("The verdict in numbers")
+    counts = {row.get("data-against"): cells(row)[0] for row in table.findall(".//tr[@data-against]")}
+    assert counts == {"Other choices of layers": 3, "The same layers, used otherwise": 1, "No hints": 1}
+
+
+MANY = (
+    "at",
+    "fitnet",
+    "vid",
+    "sp",
+    "cc",
+    "rkd",
+    "pkt",
+    "nst",
+    "crd",
+    "ofd",
+    "reviewkd",
+    "ab",
+    "ft",
+    "wsld+at",
+    "dkd+at",
+)
+
+
+def test_many_methods_are_folded_away_and_few_are_not(home):
+    runs = make_study(home, methods=MANY, seeds=2)
+    add_tables(runs)
+    page = report(home)
+    paragraphs = page.all("p", **{"class": "method"})
+    folded = [p for details in page.all("details") for p in details.iter("p") if p.get("class") == "method"]
+    assert len(paragraphs) == len(folded) == len(MANY) == 15
+    make_study(home, methods=MANY[:3])
+    page = report(home)
+    assert len(page.all("p", **{"class": "method"})) == 3
+    assert not [p for details in page.all("details") for p in details.iter("p") if p.get("class") == "method"]
+
+
+def test_certainty_against_kd_stands_beside_every_arm(home):
+    runs = make_study(home)
+    add_certainty(runs)
+    summary = read_table(runs / "05_evaluate" / "summary.csv").set_index("arm")
+    rows = report(home).table("Certainty of every arm against KD").findall(".//tr[@data-arm]")
+    assert {row.get("data-arm") for row in rows} == set(summary.index) - {"kd"}
+    names = ["difference", "difference_low", "difference_high", "boot_low", "boot_high", "effect", "p", "p_holm"]
+    for row in rows:
+        assert numbers(row) == [float(summary.loc[row.get("data-arm"), name]) for name in [*names, "detectable"]]
+
+
+def test_comparisons_one_by_one_hold_the_table_of_contrasts_in_full(home):
+    runs = make_study(home)
+    add_certainty(runs)
+    table = read_table(runs / "05_evaluate" / "contrasts.csv")
+    page = report(home)
+    rows = page.table("Comparisons one by one").findall(".//tr[@data-arm]")
+    assert len(rows) == len(table)
+    expected = {(c.arm, c.control): c for c in table.itertuples()}
+    names = ["n", "mean", "low", "high", "boot_low", "boot_high", "effect", "p", "p_holm", "detectable"]
+    for row in rows:
+        c = expected[row.get("data-arm"), row.get("data-control")]
+        shown = names[:1] if c.word == "same layers" else names
+        found = numbers(row)[1 if c.control == "random" else 0 :]  # without that of "mean of 2 draws"
+        assert found == [float(getattr(c, name)) for name in shown] and text(row).endswith(c.word)
+    families = [text(row) for row in page.table("Comparisons one by one").iter("tr") if row.get("class") == "family"]
+    assert families == ["Main strategy", "Other clustered choices"]
+
+
+def test_measures_stand_with_intervals_and_are_explained(home):
+    runs = make_study(home)
+    add_tables(runs)
+    measures = read_table(runs / "05_evaluate" / "measures.csv").set_index(["arm", "measure"])
+    page = report(home)
+    rows = page.table("Measures beyond accuracy").findall(".//tr[@data-arm]")
+    assert len(rows) == 9
+    for row in rows:
+        for cell in row.findall("td[@data-measure]"):
+            own = measures.loc[row.get("data-arm"), cell.get("data-measure")]
+            assert numbers(cell) == [own["mean"], own["low"], own["high"]]
+    terms = page.section("measures").find(".//dl")
+    assert [text(term) for term in terms.iter("dt")] == [heading for heading, *_ in MEASURES.values()]
+    temperature = read_table(runs / "05_evaluate" / "results.csv").groupby("arm")["temperature"].mean()
+    told = next(p for p in page.section("measures").iter("p") if "Temperatures" in text(p))
+    assert numbers(told) == [temperature.min(), temperature.max()]
+    teacher = page.table("Measures beyond accuracy").find(".//tbody/tr")
+    assert set(numbers(teacher)) == {1, 0.971, 1.0, 0.91, 0.0765, 0.0213}
+
+
+def test_a_measure_that_a_study_lacks_has_no_column(home):
+    runs = make_study(home)
+    add_tables(runs)
+    measures = read_table(runs / "05_evaluate" / "measures.csv")
+    measures.loc[measures["measure"] == "top5", ["mean", "low", "high"]] = math.nan
+    save_table(measures[measures["measure"] != "kl"], runs / "05_evaluate" / "measures.csv")
+    said = text(report(home).section("measures"))
+    assert "Top-5" not in said and "KL" not in said and "NLL" in said
+
+
+def test_costs_of_use_of_training_and_of_selection(home):
+    runs = make_study(home)
+    add_tables(runs)
+    page = report(home)
+    sizes = page.table("Size of the networks").findall(".//tr[@data-role]")
+    assert [numbers(row) for row in sizes] == [[464154, 69_000_000], [5012, 800_000]]
+    speed = page.table("Speed of the networks").findall(".//tr[@data-role]")
+    assert numbers(speed[0]) == [1, 12.3456, 12.0, 13.0, 81.0, 7.654321]
+    assert text(speed[1]).endswith("cpu, threads 2, float32")
+    timings = read_table(runs / "04_distill_students" / "timings.csv")
+    group = timings[timings["seed"] == 0]["arm"].nunique()
+    total = timings.drop_duplicates(["seed", "epoch"])["seconds"].sum()
+    rows = {row.get("data-arm"): row for row in page.table("Cost of training by arm").findall(".//tr[@data-arm]")}
+    assert "at_clustered_linear_cka" not in rows and "unaided" not in rows and len(rows) == group
+    adapters = read_table(runs / "04_distill_students" / "adapters.csv").set_index("arm")
+    for arm, row in rows.items():
+        own = adapters.loc[arm]
+        assert numbers(row) == [own["adapter_parameters"], own["state_bytes"] / 1e6, pytest.approx(total / group / 5)]
+    told = next(p for p in page.section("cost").iter("p") if "distilled students" in text(p))
+    assert numbers(told) == [group * 5, pytest.approx(total), pytest.approx(total / group / 5)]
+    rows = {
+        row.get("data-what"): numbers(row) for row in page.table("Cost of the selection").findall(".//tr[@data-what]")
+    }
+    assert rows == {"profile": [1.25], "cluster": [0.5], "02_profile_layers": [13.5], "03_cluster_layers": [14.5]}
+    told = next(p for p in page.section("cost").iter("p") if "Both notebooks" in text(p))
+    assert numbers(told) == [pytest.approx((13.5 + 14.5) / total)]
+
+
+def test_stability_says_how_often_and_how_far_the_choice_moves(home):
+    runs = make_study(home)
+    add_tables(runs)
+    page = report(home)
+    rows = page.table("Stability of the clusters").findall(".//tr[@data-between]")
+    assert {row.get("data-between"): numbers(row) for row in rows} == {
+        "random halves": [2, 0.75, 0.5, 1.0, 0.5, 2],
+        "measures": [1, 0.75, 0.0, 1],
+    }
+    often = page.table("Layers that resamples chose").find(".//tr[@data-metric='r2_cca']")
+    frequency = read_table(runs / "03_cluster_layers" / "stability.csv")["frequency"]
+    assert numbers(often) == sorted(frequency[frequency > 0], reverse=True)
+
+
+def test_a_landscape_is_placed_answered_and_folded(home):
+    runs = make_study(home)
+    add_landscape(runs)
+    page = report(home)
+    answer = read_json(runs / "05_evaluate" / "landscape.json")["at"]["answer"]
+    assert answer in text(page.section("landscape")) and answer in text(page.section("answer"))
+    rows = {
+        row.get("data-strategy"): row
+        for row in page.table("Named choices among all subsets").findall(".//tr[@data-strategy]")
+    }
+    assert numbers(rows["uniform"]) == [0.635, 0.8125, 0.25, 0.975, 0.01, 0.0, 0.02]
+    assert numbers(rows["reversed"]) == [0.65, 0.9]
+    assert rows["uniform"].get("data-runs") == " ".join(f"run-uniform-{seed}" for seed in range(5))
+    main = {row.get("data-arm") for row in page.table("Accuracy of all arms").findall(".//tr[@data-arm]")}
+    subsets = page.table("Accuracy of single layers and subsets").findall(".//tr[@data-arm]")
+    assert len(subsets) == 22 and not main & {row.get("data-arm") for row in subsets} and "at_uniform" in main
+    assert any(
+        "Accuracy of single layers and subsets" in {e.get("aria-label") for e in d.iter()} for d in page.all("details")
+    )
+
+
+def test_the_answers_of_several_methods_are_all_told(home):
+    runs = make_study(home, figures=False)
+    save_json({"at": {"answer": "AT: yes."}, "vid": {"answer": "VID: no."}}, runs / "05_evaluate" / "landscape.json")
+    assert "AT: yes. VID: no." in text(report(home).section("answer"))
+
+
+def test_without_a_landscape_there_is_no_section_of_one(home):
+    add_tables(make_study(home, figures=False))
+    assert report(home).section("landscape") is None
+
+
+def published(home, *, data="cifar100", teacher="resnet32", student="resnet8_w4", classes=100, **parameters):
+    """The toy study as if it were of other data and networks; returns its page."""
+    runs = make_study(home, classes=[str(i) for i in range(classes)])
+    images = read_json(runs / "01_train_teacher" / "images.json")
+    save_json(images | {"data": data}, runs / "01_train_teacher" / "images.json")
+    baselines = read_table(runs / "01_train_teacher" / "baselines.csv").assign(network=[teacher, student])
+    save_table(baselines, runs / "01_train_teacher" / "baselines.csv")
+    save_json(TEACHER | {"network": teacher}, runs / "05_evaluate" / "teacher.json")
+    record = read_json(runs / "04_distill_students" / "record.json")
+    record["inputs"]["parameters"] |= parameters
+    save_json(record, runs / "04_distill_students" / "record.json")
+    return report(home)
+
+
+def test_published_figures_stand_beside_ours_with_what_differs(home):
+    page = published(home, teacher="resnet56", student="resnet20", schedule="fast", balance="gradient", temperature=4.0)
+    summary = read_table(home / "runs" / "toy" / "05_evaluate" / "summary.csv").set_index("arm")["test_mean"]
+    rows = page.table("Published accuracies beside ours").findall(".//tr[@data-method]")
+    by_arm = {(row.get("data-method"), row.get("data-arm")): numbers(row) for row in rows}
+    assert by_arm["teacher", "teacher"] == [0.7234, 0.6725, 1, 0.6725 - 0.7234]
+    assert by_arm["kd", "kd"] == [0.7066, 5, summary["kd"], 5, summary["kd"] - 0.7066]
+    assert by_arm["unaided", "unaided"][0] == 0.6906
+    assert by_arm["fitnet", None] == [0.6921, 5]  # which this study did not try
+    for arm in ("at_stage_ends", "at_clustered_r2_cca"):
+        assert by_arm["at", arm] == [0.7055, 5, summary[arm], 5, summary[arm] - 0.7055]
+    differs = {
+        row.get("data-what"): [text(cell) for cell in row.iter("td")]
+        for row in page.table("What differs from the benchmarks").findall(".//tr[@data-what]")
+    }
+    assert differs["Training images"] == ["50,000", "1,200"] and differs["Held-out validation images"] == ["0", "200"]
+    assert differs["Epochs of a student"] == ["240", "3"] and differs["Schedule"] == ["paper", "fast"]
+    assert differs["Weight of a hint"][1] == "set by its gradient" and differs["KD"][1].startswith("always")
+    assert "Teacher" in differs and not {"Classes", "Runs averaged", "Temperature of KD"} & set(differs)
+    links = [a.get("href") for a in page.section("literature").iter("a") if a.get("class") == "source"]
+    assert links and set(links) <= {address for _, address in SOURCES.values()}
+
+
+def test_accuracies_on_other_classes_are_not_subtracted(home):
+    page = published(home, teacher="resnet56", student="resnet20", classes=15)
+    rows = page.table("Published accuracies beside ours").findall(".//tr[@data-method='kd']")
+    assert len(numbers(rows[0])) == 4  # published, runs, ours, n
+    assert "Classes" in [row.get("data-what") for row in page.table("What differs from the benchmarks").iter("tr")]
+
+
+@pytest.mark.parametrize(("data", "says"), [("digits", "nothing for digits"), ("cifar100", "nothing for the pair")])
+def test_where_nothing_is_published_the_page_says_so_and_shows_no_numbers(home, data, says):
+    section = published(home, data=data).section("literature")
+    assert says in text(section) and not numbers(section) and not list(section.iter("table"))
+
+
+def test_an_image_folder_of_a_thousand_classes_is_imagenet(home):
+    page = published(home, data="image_folder", teacher="resnet34", student="resnet18", classes=1000)
+    rows = page.table("Published accuracies beside ours").findall(".//tr[@data-method='kd']")
+    assert len(rows) == 3 and len({text(row) for row in rows}) == 3  # three sources, each with its own figure
+
+
+def test_the_published_table_is_of_networks_and_methods_that_this_library_knows():
+    table = read_table(REPOSITORY / "pursuhint_lib" / TABLE)
+    assert table["accuracy"].between(0.5, 0.85).all() and set(table["source"]) == set(SOURCES)
+    assert not table.duplicated(["data", "teacher", "student", "method", "source"]).any()
+    cifar = table[table["data"] == "cifar100"]
+    assert set(cifar["teacher"]) | set(cifar["student"]) <= set(MODELS)
+    names = {part for method in table["method"] for part in method.split("+")} - {"teacher", "unaided"}
+    assert names <= {*METHODS, *LOGIT_LOSSES}
+    pairs = table.groupby(["data", "teacher", "student"])["method"].agg(set)
+    assert len(pairs) == 14 and all({"teacher", "unaided", "kd", "at"} <= methods for methods in pairs)
+    one_teacher = cifar[cifar["method"] == "teacher"].groupby("teacher")["accuracy"].nunique()
+    assert (one_teacher == 1).all()
+
+
+def test_limits_are_worked_out_from_the_study(home):
+    runs = make_study(home)
+    add_tables(runs)
+    save_table(pd.DataFrame({"model": ["teacher_1", "teacher_2"]}), runs / "01_train_teacher" / "other_teachers.csv")
+    table = read_table(runs / "05_evaluate" / "contrasts.csv")
+    compared = table[table["word"] != "same layers"]
+    limits = {text(item.find("strong")): item for item in report(home).section("limits").iter("li")}
+    assert numbers(limits["Seeds."]) == [5]
+    assert numbers(limits["Bootstrap of few seeds."]) == [5, 15 / 16]
+    assert numbers(limits["One teacher"]) == [2]
+    assert numbers(limits["Many comparisons."]) == [len(compared), pytest.approx(0.05 * len(compared))]
+    assert numbers(limits["“Includes zero” is no proof of equality:"]) == [compared["detectable"].median()]
+
+
+def test_rows_name_the_runs_and_the_commit_behind_them(home):
+    make_study(home)
+    page = report(home)
+    row = page.table("Accuracy of all arms").find(".//tr[@data-arm='at_clustered_linear_cka']")
+    assert row.get("data-runs") == " ".join(f"run-uniform-{seed}" for seed in range(5))  # of its twin
+    assert row.get("data-commit") == ("3c" * 20)[:7]
+    target = page.root.find(f".//tr[@id='{row.find('.//a').get('href')[1:]}']")
+    assert target.get("data-arm") == "at_clustered_linear_cka" and target.get("data-seed") == "0"
+    assert not page.table("Accuracy of all arms").find(".//tr[@data-arm='kd']").get("data-runs")  # not recorded
+
+
+def test_a_comparison_names_the_runs_of_both_sides(home):
+    runs = make_study(home)
+    add_certainty(runs)
+    rows = report(home).table("Comparisons one by one").findall(".//tr[@data-arm='at_clustered_r2_cca']")
+    behind = {row.get("data-control"): set(row.get("data-runs").split()) for row in rows}
+    own = {f"run-clustered_r2_cca-{seed}" for seed in range(5)}
+    assert behind["uniform"] == own | {f"run-uniform-{seed}" for seed in range(5)}
+    assert behind["random"] == own | {f"run-random_{draw}-{seed}" for draw in (0, 1) for seed in range(5)}
+
+
+def test_a_model_card_is_linked_once_a_student_was_exported(home):
+    make_study(home)
+    assert MODEL_CARD not in report(home).source
+    card = home / "reports" / "toy" / MODEL_CARD
+    card.parent.mkdir()
+    card.write_text("# A student")
+    assert [e for e in report(home).all("a") if e.get("href") == MODEL_CARD]
+
+
+def test_a_deleted_report_is_rebuilt_from_tables_alone(home):
+    runs = make_study(home)
+    add_tables(runs)
+    before = write_report("toy").read_bytes()
+    shutil.rmtree(home / "reports")
+    assert not list(runs.rglob("*.safetensors"))
+    assert write_report("toy").read_bytes() == before
+
+
+def test_the_templates_are_packed_with_the_library():
     with open(REPOSITORY / "pyproject.toml", "rb") as file:
         patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["pursuhint_lib"]
-    assert any(fnmatch.fnmatch(TEMPLATE, pattern) for pattern in patterns)
-    assert (REPOSITORY / "pursuhint_lib" / TEMPLATE).is_file()
+    library = REPOSITORY / "pursuhint_lib"
+    needed = [path.name for path in library.glob("*.j2")] + [TABLE]
+    assert TEMPLATE in needed and len(needed) > 5
+    for name in needed:
+        assert (library / name).is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
