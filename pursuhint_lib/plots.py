@@ -396,6 +396,7 @@ def measures(
     ax.set_yticks(range(len(arms)), arms)
     ax.set_ylim(len(arms) - 0.4, -0.6)
     ax.set(xlabel=label)
+    ax.set_xlim(left=max(0, ax.get_xlim()[0]))  # none of the measures can be negative, an interval's end can
     ax.grid(axis="x", color="#eeeeee")
     ax.set_axisbelow(True)
     ax.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
