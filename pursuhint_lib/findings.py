@@ -238,9 +238,10 @@ def costs(facts: Facts) -> dict[str, Any]:
 
 
 def landscape(facts: Facts) -> dict[str, Any]:
-    """What the landscape says: answers (a text per hint method), placements (the rows of placement.csv)."""
-    answers = [about["answer"] for about in facts.landscape.values() if about.get("answer")]
-    return {"answers": answers, "placements": list(facts.placement.itertuples())}
+    """What the landscape says: short and answers (texts, one per hint method), placements (rows of placement.csv)."""
+    about = facts.landscape.values()
+    texts = {"short": [one["short"] for one in about], "answers": [one["answer"] for one in about]}
+    return texts | {"placements": list(facts.placement.itertuples())}
 
 
 def limits(facts: Facts) -> dict[str, Any]:

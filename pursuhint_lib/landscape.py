@@ -419,6 +419,30 @@ def landscape_reading(facts: Mapping[str, Mapping[str, Any]], placement: pd.Data
     }
 
 
+def landscape_in_short(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Hint method -> whether the choice matters, in two sentences; facts: of `landscape_facts`."""
+    return {method: " ".join(_in_short(method, found)) for method, found in facts.items()}
+
+
+def _in_short(method: str, found: Mapping[str, Any]) -> Iterator[str]:
+    n, sure = found["seeds"], f"{100 * found['confidence']:g} %"
+    yield f"{found['subsets']} subsets of {found['hints']} layers with hint method {method}, n = {n}: {_matters(found)}"
+    if found["p"] == found["p"]:
+        spread = f"{100 * found['sd_subset_low']:.2f} and {_points(found['sd_subset_high'])}"
+        yield f"The standard deviation of their true means lies between {spread} ({sure} interval)."
+
+
+def _matters(found: Mapping[str, Any]) -> str:
+    """A sentence."""
+    if found["p"] != found["p"]:
+        return "whether the choice matters cannot be known" + (
+            ": one seed shows no noise." if found["seeds"] == 1 else "."
+        )
+    if found["p"] < 1 - found["confidence"]:
+        return f"the choice matters: the subsets differ beyond the noise of the seeds (F test, {_p(found['p'])})."
+    return f"whether the choice matters stays open: no difference beyond seed noise is seen (F test, {_p(found['p'])})."
+
+
 def _sentences(method: str, found: Mapping[str, Any], placed: pd.DataFrame) -> Iterator[str]:
     n, count, sure = found["seeds"], found["subsets"], f"{100 * found['confidence']:g} %"
     yield f"Hint method {method}: {count} subsets of {found['hints']} layers, {n} seed{'s' * (n != 1)} each."
@@ -428,13 +452,9 @@ def _sentences(method: str, found: Mapping[str, Any], placed: pd.DataFrame) -> I
     if found["to_kd_low"] == found["to_kd_low"]:
         yield f"Over all subsets, hints change accuracy by {_signed(found['to_kd'])} against kd"
         yield f"({sure} interval {_signed(found['to_kd_low'])} to {_signed(found['to_kd_high'])})."
-    if found["p"] != found["p"]:
-        yield "Whether the choice matters cannot be known" + (": one seed shows no noise." if n == 1 else ".")
-    else:
-        if found["p"] < 1 - found["confidence"]:
-            yield f"The choice matters: the subsets differ beyond the noise of the seeds (F test, {_p(found['p'])})."
-        else:
-            yield f"Whether the choice matters stays open: no difference beyond seed noise is seen ({_p(found['p'])})."
+    matters = _matters(found)
+    yield matters[0].upper() + matters[1:]
+    if found["p"] == found["p"]:
         spread = f"{100 * found['sd_subset_low']:.2f} to {_points(found['sd_subset_high'])}"
         lead, by_noise = _points(found["best_lead"]), _points(found["best_by_noise"])
         yield f"The true means of the subsets have a standard deviation of about {_points(found['sd_subset'])} ({sure}"

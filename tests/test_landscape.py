@@ -13,6 +13,7 @@ from pursuhint_lib import landscape, plots
 from pursuhint_lib.landscape import (
     expected_maximum,
     landscape_facts,
+    landscape_in_short,
     landscape_reading,
     layer_effects,
     noise_band,
@@ -311,6 +312,9 @@ def test_the_answer_follows_what_the_numbers_say():
         return landscape_reading(landscape_facts(results), placement(results))["at"]
 
     assert "The choice matters" in answer(made(by_sum, noise=0.001))
+    for noise, says in ((0.001, "the choice matters"), (10, "stays open")):
+        short = landscape_in_short(landscape_facts(made(by_sum, noise=noise)))["at"]
+        assert says in short and "standard deviation of their true means" in short
     assert "stays open" in answer(made(lambda d: 0.5, noise=0.01))
     one = answer(made(by_sum, noise=0.01, seeds=1))
     assert "cannot be known: one seed shows no noise" in one and "noise is unknown" in one and "nan" not in one
