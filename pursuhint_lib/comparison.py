@@ -19,6 +19,7 @@ MINUS = "\N{MINUS SIGN}"
 POWER = 0.8  # Cohen 1988: the usual chance of finding a difference that is there
 RESAMPLES = 9999  # the smallest tail that matters is that of five differences, about 0.001
 ROUNDING = 1e-12  # accuracies are shares of at most some 100 000 images: none differ by so little
+LANDSCAPE = ("single_", "subset_")  # strategies that stand for all the choices there are
 OTHER_SPEAKERS = ("clustered_first_", "clustered_last_", "clustered_medoid_")  # another layer of each of the clusters
 # Columns of a study's results that `average_measures` sums up.
 MEASURES = ("test_accuracy", "top5", "test_loss", "agreement", "agreement_wrong", "kl", "ece", "ece_scaled")
@@ -237,8 +238,9 @@ def summarize(
     p_holm; gap_closed (share of the gap unaided student - teacher, in means); reading (see `verdict`).
 
     The columns of differences and reading are empty for the reference, for an arm of the same students, and where no
-    seed is shared. p_holm corrects over all arms with a difference, the unaided student among them. Arms of the same
-    students (same_as) share one difference and are counted once.
+    seed is shared. p_holm corrects over all arms with a difference, the unaided student among them; the single layers and
+    subsets of a landscape, which are no choices that anyone made, are a family of their own. Arms of the same students
+    (same_as) share one difference and are counted once.
     """
     accuracy = results.pivot(index="seed", columns="arm", values="test_accuracy")
     trained = _students(results)
@@ -249,7 +251,11 @@ def summarize(
             difference = (accuracy[arm] - accuracy[reference]).dropna()
             if len(difference):
                 compared[students] = paired_difference(difference.to_numpy(), confidence)
-    p_holm = dict(zip(compared, holm([difference.p for difference in compared.values()]), strict=True))
+    chosen = {trained[row.arm] for row in results.itertuples() if not row.strategy.startswith(LANDSCAPE)}
+    p_holm = {}
+    for family in (chosen, compared.keys() - chosen):
+        names = [name for name in compared if name in family]
+        p_holm |= zip(names, holm([compared[name].p for name in names]), strict=True)
 
     unaided = accuracy["unaided"].mean() if "unaided" in accuracy else math.nan
     gap = teacher_accuracy - unaided

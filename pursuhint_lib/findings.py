@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from pursuhint_lib.arms import parse_method
-from pursuhint_lib.comparison import main_strategy
+from pursuhint_lib.comparison import LANDSCAPE, main_strategy
 from pursuhint_lib.facts import Facts
 
 READINGS = {
@@ -204,7 +204,7 @@ def measured(facts: Facts) -> dict[str, Any]:
 
 def is_of_landscape(strategy: str) -> bool:
     """One of the many arms that a landscape trains, not a choice that anyone made."""
-    return strategy.startswith(("single_", "subset_"))
+    return strategy.startswith(LANDSCAPE)
 
 
 def costs(facts: Facts) -> dict[str, Any]:

@@ -281,6 +281,20 @@ def test_the_summary_corrects_over_each_set_of_students_once():
     assert found.loc["at_clustered_x", columns].equals(found.loc["at_uniform", columns])
 
 
+def test_the_subsets_of_a_landscape_do_not_weigh_on_the_choices_that_were_made():
+    subsets = TABLE[TABLE["arm"] == "at_uniform"].assign(strategy="subset_1_2", same_as="")
+    noise = np.random.default_rng(0).normal(0, 0.01, (9, len(subsets)))
+    many = [
+        subsets.assign(arm=f"at_subset_{i}", test_accuracy=subsets["test_accuracy"] + own)
+        for i, own in enumerate(noise)
+    ]
+    alone = summarize(TABLE, teacher_accuracy=0.61).set_index("arm")["p_holm"]
+    beside = summarize(pd.concat([TABLE, *many]), teacher_accuracy=0.61).set_index("arm")
+    assert beside["p_holm"].reindex(alone.index).equals(alone)
+    landscape = beside[beside["strategy"] == "subset_1_2"]
+    assert len(landscape) == 9 and list(landscape["p_holm"]) == list(holm(landscape["p"]))
+
+
 def test_the_students_of_the_reference_under_another_name_have_no_difference():
     with_twin = results(4, kd=("kd", "none"), at_x=("at", MAIN), kd_again=("kd", "none", "kd"))
     found = summarize(with_twin, 0.9).set_index("arm")
