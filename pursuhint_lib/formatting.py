@@ -37,12 +37,12 @@ def environment() -> Environment:
         "signed": lambda x: _number(x, in_points(x / 100)),
         "p": lambda x: _number(x, f"{x:.3f}" if x >= 0.001 else "<\u20090.001"),
         "milliseconds": lambda x: _number(x, f"{x:,.2f}"),
-        "megabytes": lambda x: _number(x / 1e6, f"{x / 1e6:,.2f}"),
+        "megabytes": lambda x: _number(x / 1e6, _three_digits(x / 1e6)),
         "milliseconds_range": lambda ends: _range(ends, lambda x: f"{x:,.2f}", f"\u2009{DASH}\u2009"),
         "decimal_range": lambda ends: _range(ends, _decimal, f"\u2009{DASH}\u2009"),
         "decimal": lambda x: _number(x, _decimal(x)),
         "breakable": lambda name: Markup("<wbr>").join(_pieces(str(name))),
-        "seconds": lambda x: _number(x, f"{x:,.1f}"),
+        "seconds": lambda x: _number(x, _three_digits(x)),
     }
     return made
 
@@ -59,6 +59,10 @@ def _range(ends: tuple[float, float], write: Any, between: str) -> Markup:
     if not (np.isfinite(low) and np.isfinite(high)):
         return Markup('<span class="none" title="one seed gives no interval">no interval</span>')
     return _number(low, write(low)) + between + _number(high, write(high))
+
+
+def _three_digits(x: float) -> str:
+    return f"{x:,.1f}" if x >= 10 else f"{x:.3g}"
 
 
 def _percent(fraction: float) -> str:

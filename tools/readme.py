@@ -1,10 +1,13 @@
 """Write the results table of README.md from reports/: `make readme` runs it, a test holds the two together."""
 
+import json
 import sys
 from pathlib import Path
 
 import pandas as pd
 import yaml
+
+from pursuhint_lib.comparison import contrast, main_strategy, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ("digits", "digits_controls", "digits_methods", "digits_landscape", "cifar100_quick")  # of record
@@ -23,10 +26,12 @@ def results_table(root: Path = ROOT) -> str:
     rows = []
     for study in STUDIES:
         folder = root / "reports" / study / "tables"
-        summary = pd.read_csv(folder / "summary.csv").set_index("arm")
-        contrasts = pd.read_csv(folder / "contrasts.csv")
+        results = pd.read_csv(folder / "results.csv").fillna({"same_as": ""})
+        choices = json.loads((folder / "hint_points.json").read_text(encoding="utf-8"))
         common = yaml.safe_load((root / "params" / f"{study}.yaml").read_text(encoding="utf-8"))["common"]
         teacher = pd.read_json(folder / "teacher.json", typ="series")
+        summary = summarize(results, teacher["test_accuracy"]).set_index("arm")
+        contrasts = contrast(results, main_strategy(choices))
         main = contrasts.loc[contrasts["family"] == "main", "arm"].iloc[0]
         against = contrasts[contrasts["arm"] == main].set_index("control").loc[["kd", "stage_ends", "uniform"]]
         cells = [
