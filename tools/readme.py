@@ -26,7 +26,7 @@ def results_table(root: Path = ROOT) -> str:
     rows = []
     for study in STUDIES:
         folder = root / "reports" / study / "tables"
-        results = pd.read_csv(folder / "results.csv").fillna({"same_as": ""})
+        results = pd.read_csv(folder / "results.csv").astype({"same_as": object}).fillna({"same_as": ""})
         choices = json.loads((folder / "hint_points.json").read_text(encoding="utf-8"))
         common = yaml.safe_load((root / "params" / f"{study}.yaml").read_text(encoding="utf-8"))["common"]
         teacher = pd.read_json(folder / "teacher.json", typ="series")
