@@ -238,9 +238,9 @@ def summarize(
     p_holm; gap_closed (share of the gap unaided student - teacher, in means); reading (see `verdict`).
 
     The columns of differences and reading are empty for the reference, for an arm of the same students, and where no
-    seed is shared. p_holm corrects over all arms with a difference, the unaided student among them; the single layers and
-    subsets of a landscape, which are no choices that anyone made, are a family of their own. Arms of the same students
-    (same_as) share one difference and are counted once.
+    seed is shared. p_holm corrects over all arms with a difference, the unaided student among them; the single layers
+    and subsets of a landscape, which are no choices that anyone made, are a family of their own. Arms of the same
+    students (same_as) share one difference and are counted once.
     """
     accuracy = results.pivot(index="seed", columns="arm", values="test_accuracy")
     trained = _students(results)
@@ -294,6 +294,16 @@ def average_measures(results: pd.DataFrame, confidence: float = 0.95) -> pd.Data
                 mean, low, high = mean_interval(values, confidence)
                 table.append({"arm": arm, "measure": measure, "n": len(values), "mean": mean, "low": low, "high": high})
     return pd.DataFrame(table, columns=["arm", "measure", "n", "mean", "low", "high"])
+
+
+def best_on_validation(summary: pd.DataFrame) -> str:
+    """The aided arm with the best mean accuracy on validation; "" if there is none.
+
+    Of equals (up to rounding), the first by name: `summary` (of `summarize`) is sorted by test accuracy, which must
+    have no say. An arm that repeats another is not asked.
+    """
+    aided = summary[(summary["arm"] != "unaided") & (summary["same_as"].fillna("") == "")].sort_values("arm")
+    return aided["arm"][aided["val_mean"].round(9).idxmax()] if aided["val_mean"].notna().any() else ""
 
 
 def contrast(results: pd.DataFrame, main: str, confidence: float = 0.95) -> pd.DataFrame:

@@ -32,7 +32,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor, nn
 
 from pursuhint_lib.arms import kept_file, parse_method
-from pursuhint_lib.comparison import mean_interval
+from pursuhint_lib.comparison import best_on_validation, mean_interval
 from pursuhint_lib.data import Batches, balanced_subset
 from pursuhint_lib.evaluation import accuracy, count_macs, count_parameters
 from pursuhint_lib.models import load_model
@@ -138,11 +138,12 @@ def choose_student(study: str, arm: str = "", seed: int | str | None = None) -> 
     by_validation = not arm
     if by_validation:
         summary = _read_arms(_runs(study) / "05_evaluate" / "summary.csv")
-        aided = summary[(summary["arm"] != "unaided") & (summary["same_as"] == "")].sort_values("arm")
-        if aided["val_mean"].isna().all():
+        arm = best_on_validation(summary)
+        if not arm:
             raise ValueError(f"study {study} has no aided student (--arm unaided exports one without a teacher)")
-        best = aided.loc[aided["val_mean"].idxmax()]
-        arm, why = best["arm"], f"best mean on validation, {best['val_mean']:.1%}, of {len(aided)} aided arms"
+        aided = (summary["arm"] != "unaided") & (summary["same_as"] == "")
+        mean = summary.set_index("arm").loc[arm, "val_mean"]
+        why = f"best mean on validation, {mean:.1%}, of {aided.sum()} aided arms"
     else:
         arms = list(dict.fromkeys([*results["arm"], *students["arm"]]))
         if arm not in arms:
@@ -157,7 +158,7 @@ def choose_student(study: str, arm: str = "", seed: int | str | None = None) -> 
     if seed is None:
         row = own.loc[own["val_accuracy"].idxmax()]
         why += f"; its best seed on validation, {row['val_accuracy']:.1%}"
-        return Choice(arm, int(row["seed"]), why, by_validation)
+        return Choice(arm, int(row["seed"]), why, True)
     seeds = [str(value) for value in own["seed"]]
     if str(seed) not in seeds:
         failed = students[(students["arm"] == arm) & (students["seed"].astype(str) == str(seed))]
@@ -401,7 +402,8 @@ def _origin(study: str, stage: str, student: str = "") -> dict[str, Any]:
     if student and not run and by_hand.exists():
         named = {f"{row.arm}-s{row.seed}": row.run_id for row in read_table(by_hand).itertuples()}
         run = named.get(student)
-    source = record.get("source", {"commit": "not recorded", "dirty": None})
+    source = ids.get("trained_at", {}).get(student) if student else record.get("source")
+    source = source or {"commit": "not recorded", "dirty": None}
     return {"stage": stage, "run": run or "not recorded", "source": source}
 
 
@@ -456,7 +458,9 @@ def _measures(own: pd.DataFrame, row: pd.Series, teacher: Mapping[str, Any], con
     for column, (what, kind) in MEASURES.items():
         if column in own and own[column].notna().any():
             mean, low, high = mean_interval(own[column].to_numpy(), confidence)
-            spread = "" if math.isnan(low) else f" ({_written(low, kind)} to {_written(high, kind)})"
+            # None of these can be negative, and shares end at one: an interval of few seeds that does not is no help.
+            impossible = math.isnan(low) or low < 0 or (kind == "percent" and high > 1)
+            spread = "" if impossible else f" ({_written(low, kind)} to {_written(high, kind)})"
             theirs = teacher.get(column)
             table.append(
                 {

@@ -9,7 +9,7 @@ import pandas as pd
 
 from pursuhint_lib.params import STAGES
 from pursuhint_lib.storage import read_json, read_table
-from pursuhint_lib.tracking import LAB_TABLE
+from pursuhint_lib.tracking import LAB_RECORD, LAB_TABLE
 
 # Columns that only studies of a newer comparison have; in an older table they read as empty.
 COMPARED = ["boot_low", "boot_high", "effect", "p", "p_holm", "detectable"]
@@ -24,8 +24,9 @@ class Facts:
     landscape, placement: of notebook 05 as well, empty in a study that has none. adapters: of 04. histories: of 01 and
     04, by stage.
     training_seconds, selection_seconds: what 04 (arm, seed, epoch, seconds) and 02 (what, seconds) took. records: stage
-    -> its record.json, or {} where there is none (a notebook run by hand, or 05 while it is running). runs: MLflow run
-    ids, of notebooks by stage and of trained networks by "<arm>-s<seed>", as far as recorded.
+    -> its record.json, or what is known of a notebook run by hand, or {} (05 while it is running). runs: MLflow run
+    ids, of notebooks by stage and of trained networks by "<arm>-s<seed>", as far as recorded. trained_at: the same
+    networks -> commit and dirty (whether there were changes) at the time of their training.
     """
 
     results: pd.DataFrame
@@ -52,6 +53,7 @@ class Facts:
     selection_seconds: pd.DataFrame
     records: Mapping[str, Mapping[str, Any]]
     runs: Mapping[str, str]
+    trained_at: Mapping[str, Mapping[str, Any]]
 
     def parameters(self, stage: str) -> Mapping[str, Any]:
         """Parameters that a stage ran with, or {} where that is not recorded."""
@@ -64,7 +66,10 @@ def read_facts(runs: Path) -> Facts:
     summary = _without_gaps(read_table(evaluate / "summary.csv"))
     results = _without_gaps(read_table(evaluate / "results.csv"))
     contrasts = _with_columns(read_table(evaluate / "contrasts.csv"), [*COMPARED, "comparisons"])
-    records = {stage: _optional_json(runs / stage / "record.json") for stage in STAGES}
+    records = {
+        stage: _optional_json(runs / stage / "record.json") or _optional_json(runs / stage / LAB_RECORD)
+        for stage in STAGES
+    }
     return Facts(
         results=_with_columns(results, STUDENT_MEASURES),
         summary=_with_columns(summary, COMPARED),
@@ -90,6 +95,7 @@ def read_facts(runs: Path) -> Facts:
         selection_seconds=_optional_table(profile / "timings.csv", ["what", "seconds"]),
         records=records,
         runs=_run_ids(records, runs),
+        trained_at=_trained_at(records, runs),
     )
 
 
@@ -102,6 +108,17 @@ def _run_ids(records: Mapping[str, Mapping[str, Any]], runs: Path) -> dict[str, 
         found |= {f"{row.arm}-s{row.seed}": row.run_id for row in by_hand.itertuples()}
         found |= {stage: ids["notebook"]} if ids.get("notebook") else {}
         found |= ids.get("models", {})
+    return found
+
+
+def _trained_at(records: Mapping[str, Mapping[str, Any]], runs: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for stage, record in records.items():
+        by_hand = _optional_table(runs / stage / LAB_TABLE, ["arm", "seed", "commit", "dirty"])
+        for row in by_hand.to_dict("records"):
+            if isinstance(row.get("commit"), str):
+                found[f"{row['arm']}-s{row['seed']}"] = {"commit": row["commit"], "dirty": bool(row["dirty"])}
+        found |= record.get("runs", {}).get("trained_at", {})
     return found
 
 

@@ -97,7 +97,8 @@ FIGURES = (  # in the order of the page
         "landscape",
         "landscape",
         "All subsets, ranked",
-        "A student's mean accuracy for every subset of layers, best to worst, with the named choices marked. The "
+        "Mean accuracy for every subset of layers, worst to best, with the named choices marked; in the shaded band "
+        "they would lie if only the seeds differed. The "
         "flatter it is beside the noise of the seeds, the less the choice matters.",
     ),
     Figure(
@@ -105,7 +106,8 @@ FIGURES = (  # in the order of the page
         "layer_effects",
         "landscape",
         "What each layer adds",
-        "Mean accuracy of the subsets that hold a layer, by depth of the layer.",
+        "Mean accuracy of the subsets that hold a layer minus that of those that do not, by depth of the layer: first "
+        "of all hints, then as the first, second, ... hint. Of so many intervals some miss zero by chance.",
     ),
     Figure(
         "05_evaluate",

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from pursuhint_lib.arms import parse_method
-from pursuhint_lib.comparison import LANDSCAPE, main_strategy
+from pursuhint_lib.comparison import LANDSCAPE, best_on_validation, main_strategy
 from pursuhint_lib.facts import Facts
 
 READINGS = {
@@ -51,9 +51,6 @@ MEASURES = {
 def headline(facts: Facts, comparisons: Sequence[Any]) -> dict[str, Any]:
     """The rows to show first: unaided, KD, the best arm by validation, and per method the main clustered arm."""
     rows = {row.arm: row for row in facts.summary.itertuples()}
-    # By name first: of arms that validation cannot tell apart, the summary's order would take the one that tested best.
-    aided = facts.summary[(facts.summary["arm"] != "unaided") & (facts.summary["same_as"] == "")].sort_values("arm")
-    best = aided["arm"][aided["val_mean"].idxmax()] if aided["val_mean"].notna().any() else None
     main = main_strategy(facts.hint_points)
     answers = []
     for row in facts.summary[facts.summary["strategy"] == main].sort_values("arm").itertuples():
@@ -63,7 +60,7 @@ def headline(facts: Facts, comparisons: Sequence[Any]) -> dict[str, Any]:
     return {
         "unaided": rows.get("unaided"),
         "kd": rows.get("kd"),
-        "best": rows.get(best),
+        "best": rows.get(best_on_validation(facts.summary)),
         "gap": facts.teacher["test_accuracy"] - rows["unaided"].test_mean if "unaided" in rows else math.nan,
         "all_failed": bool(main) and facts.pairs["arm"].str.endswith(main).any(),  # asked where there is no answer
         "answers": answers,
@@ -74,25 +71,30 @@ def verdict_on_choice(facts: Facts) -> dict[str, Any]:
     """Does the choice of hint points matter? The main strategy against every control, over all hint methods.
 
     Keys: "choice", the counts against other choices of layers; "used", those against the same layers used otherwise (in
-    reverse, of a network with random weights, of another image); "hints", those against students without hints (see
-    `_counts`); "n", numbers of seeds; "family", over how many comparisons the p values are corrected (NaN if that is
-    not told); "answer", the word for the first: better, worse, mixed, uncorrected (intervals exclude zero and none
-    survives the correction), open (all include zero), one seed, same layers, no control, no arm.
+    reverse, of a network with random weights, of another image); "number", those against choices of more or fewer
+    layers; "hints", those against students without hints (see `_counts`); "n", numbers of seeds; "family", over how
+    many comparisons the p values are corrected (NaN if that is not told); "answer", the word for the first: better,
+    worse, mixed, uncorrected (intervals exclude zero and none survives the correction), open (all include zero), one
+    seed, same layers, no control, no arm.
     """
     main = main_strategy(facts.hint_points)
     arms = facts.summary.loc[facts.summary["strategy"] == main, "arm"] if main else []
     own = facts.contrasts[facts.contrasts["arm"].isin(arms)]
-    kinds = own["control"].map(lambda control: _kind(facts, control))
-    counts = {kind: _counts(own[kinds == kind], 1 - facts.confidence) for kind in ("choice", "used", "hints")}
+    kinds = own["control"].map(lambda control: _kind(facts, main, control))
+    counts = {kind: _counts(own[kinds == kind], 1 - facts.confidence) for kind in ("choice", "used", "number", "hints")}
     about = {"n": sorted(own["n"].unique().tolist()), "family": own["comparisons"].max()}
     return counts | about | {"strategy": main, "answer": _answer(counts["choice"], len(arms))}
 
 
-def _kind(facts: Facts, control: str) -> str:
+def _kind(facts: Facts, main: str, control: str) -> str:
     without_hints = facts.summary.loc[facts.summary["strategy"] == "none", "arm"]
     if control in set(without_hints):
         return "hints"
-    points = facts.hint_points.get(control, {})
+    # "random" and the like stand for several choices, "random_0" ..., of as many layers each.
+    several = (points for name, points in facts.hint_points.items() if name.startswith(f"{control}_"))
+    points = facts.hint_points.get(control) or next(several, facts.hint_points[main])
+    if _n_hints(points) != _n_hints(facts.hint_points[main]):
+        return "number"
     otherwise = points.get("pairing", "in_order") != "in_order" or points.get("source", "trained") != "trained"
     return "used" if otherwise else "choice"
 
@@ -172,6 +174,20 @@ def runs_behind(facts: Facts) -> dict[str, list[str]]:
     return found
 
 
+def commits_behind(facts: Facts) -> dict[str, str]:
+    """Arm -> commits at which its students were trained (7 digits, a + where there were changes), joined by blanks."""
+    found: dict[str, list[str]] = {}
+    for row in students(facts):
+        found.setdefault(row["arm"], []).append(row["commit"])
+    return {arm: " ".join(dict.fromkeys(filter(None, commits))) for arm, commits in found.items()}
+
+
+def commit_of(facts: Facts, network: str) -> str:
+    """Of a network's training: 7 digits, a + behind them where there were changes; "" if it is not recorded."""
+    source = facts.trained_at.get(network, {"commit": "unknown", "dirty": False})
+    return "" if source["commit"] == "unknown" else source["commit"][:7] + "+" * bool(source["dirty"])
+
+
 def runs_of_control(facts: Facts, runs: Mapping[str, list[str]], arm: str, control: str) -> list[str]:
     """Run ids of the students that `arm` was compared with: an arm without hints, or its method's of a strategy."""
     arms = facts.summary.set_index("arm")
@@ -192,7 +208,7 @@ def measured(facts: Facts) -> dict[str, Any]:
     for row in facts.measures[facts.measures["mean"].notna()].itertuples():
         cells.setdefault(row.arm, {})[row.measure] = row
     there = {name for own in cells.values() for name in own}
-    temperatures = facts.results.groupby("arm")["temperature"].mean()
+    temperatures = facts.results["temperature"]
     return {
         "columns": [name for name in MEASURES if name in there],
         "rows": {arm: cells[arm] for arm in shown if arm in cells},
@@ -358,12 +374,13 @@ def _pairs_of(pairs: pd.DataFrame, layers: Sequence[str]) -> pd.DataFrame:
 def students(facts: Facts) -> list[dict[str, Any]]:
     """Every student of notebook 05 with the run that trained it (for an arm that was not trained again, its twin's).
 
-    first: whether it is the first of its arm.
+    first: whether it is the first of its arm. commit: see `commit_of`.
     """
     rows, seen = [], set()
     for row in facts.results.to_dict("records"):
-        run = facts.runs.get(f"{row['same_as'] or row['arm']}-s{row['seed']}", "")
-        rows.append(row | {"run": run, "first": row["arm"] not in seen})
+        network = f"{row['same_as'] or row['arm']}-s{row['seed']}"
+        about = {"run": facts.runs.get(network, ""), "commit": commit_of(facts, network)}
+        rows.append(row | about | {"first": row["arm"] not in seen})
         seen.add(row["arm"])
     return rows
 

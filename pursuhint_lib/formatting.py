@@ -34,6 +34,7 @@ def environment() -> Environment:
             x, f"{MEASURED[kind](x)}\u202f%" if kind == "percent" else MEASURED[kind](x)
         ),
         "measure_range": lambda ends, kind: _range(ends, MEASURED[kind], f"\u2009{DASH}\u2009"),
+        "tenths_range": lambda ends: _range(ends, lambda x: f"{x:.1f}", f"\u2009{DASH}\u2009"),
         "signed": lambda x: _number(x, in_points(x / 100)),
         "p": lambda x: _number(x, f"{x:.3f}" if x >= 0.001 else "<\u20090.001"),
         "milliseconds": lambda x: _number(x, f"{x:,.2f}"),

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from pursuhint_lib.comparison import mean_interval
+from pursuhint_lib.comparison import in_points, mean_interval
 
 SUBSET_COLUMNS = ["method", "arm", "layers", "n", "mean", "low", "high", "difference", "difference_low"]
 SUBSET_COLUMNS += ["difference_high", "shrunken", "rank", "percentile", "noise_low", "noise_high", "strategies"]
@@ -480,7 +480,7 @@ def _points(fraction: float) -> str:
 
 
 def _signed(fraction: float) -> str:
-    return f"{100 * fraction:+.2f} points"
+    return f"{in_points(fraction)} points"
 
 
 def _p(p: float) -> str:

@@ -48,8 +48,24 @@ SOURCES = {  # key -> (in words, address)
 }
 # How the benchmarks train: RepDistiller's scripts for CIFAR-100, the common 100-epoch recipe for ImageNet.
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    "cifar100": {"classes": 100, "train": 50_000, "epochs": 240, "schedule": "paper", "temperature": 4.0},
-    "imagenet": {"classes": 1000, "train": 1_281_167, "epochs": 100, "schedule": "imagenet", "temperature": 1.0},
+    "cifar100": {
+        "classes": 100,
+        "train": 50_000,
+        "epochs": 240,
+        "schedule": "paper",
+        "temperature": 4.0,
+        "batch_size": 64,
+        "learning_rate": (0.05, 0.01),
+    },
+    "imagenet": {
+        "classes": 1000,
+        "train": 1_281_167,
+        "epochs": 100,
+        "schedule": "imagenet",
+        "temperature": 1.0,
+        "batch_size": 256,
+        "learning_rate": (0.1,),
+    },
 }
 
 
@@ -138,11 +154,26 @@ def _differences(
         ("Epochs of a student", protocol["epochs"], max(about["student_epochs"], default=0)),
         ("Schedule", protocol["schedule"], own.get("schedule", "not recorded")),
         ("Temperature of KD", protocol["temperature"], own.get("temperature", "not recorded")),
+        ("Batch size", protocol["batch_size"], own.get("batch_size", "not recorded")),
+        ("Learning rate", *_rates(protocol["learning_rate"], own.get("learning_rate", "not recorded"))),
+        ("Noise on the images", 0.0, own.get("noise", "not recorded")),
+        ("Weights of labels and KD", "its own, by method", _logit_weights(own)),
         ("Runs averaged", "not said" if runs != runs else int(runs), len(about["seeds"])),
         ("Weight of a hint", "published, fixed", _weights(own)),
         ("Teacher", "the benchmark’s own", trained),
     ]
     return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _rates(published: tuple[float, ...], ours: Any) -> tuple[Any, Any]:
+    """What is to be set side by side: equal, if ours is one of the published ones."""
+    return (ours, ours) if ours in published else (" or ".join(f"{rate:g}" for rate in published), ours)
+
+
+def _logit_weights(parameters: Mapping[str, Any]) -> str:
+    if "ce_weight" not in parameters:
+        return "not recorded"
+    return f"{parameters['ce_weight']:g} and {parameters['kd_weight']:g}, for all"
 
 
 def _weights(parameters: Mapping[str, Any]) -> str:

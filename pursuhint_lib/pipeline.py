@@ -570,13 +570,18 @@ class Driver:
             tracking.finish_run(run_id, "FINISHED")
         except tracking.TrackingError as error:
             self.live.say(f"warning: {error}")
-            return {"notebook": run_id, "models": {}}
-        return {"notebook": run_id, "models": {f"{row.arm}-s{row.seed}": row.run_id for row in table.itertuples()}}
+            return {"notebook": run_id, "models": {}, "trained_at": {}}
+        networks = {f"{row.arm}-s{row.seed}": row for row in table.itertuples()}
+        return {
+            "notebook": run_id,
+            "models": {name: row.run_id for name, row in networks.items()},
+            "trained_at": {name: {"commit": row.commit, "dirty": row.dirty} for name, row in networks.items()},
+        }
 
     def _restore_notebook(self, stage: Stage) -> None:
         folder, reports = folders(self.study, stage.name)
         copy = reports / "notebooks" / f"{stage.name}.ipynb"
-        if not copy.exists():
+        if not copy.exists() or records.sha256(copy) != records.sha256(folder / records.EXECUTED):
             copy_whole(folder / records.EXECUTED, copy)
 
     # After the last stage

@@ -63,6 +63,8 @@ def write_report(study: str) -> Path:
         students=findings.students(facts),
         numbers={arm: number for number, arm in enumerate(runs_behind)},
         runs_behind=runs_behind,
+        commits_behind=findings.commits_behind(facts),
+        teacher=_teacher_source(facts),
         runs_of_control=lambda arm, control: findings.runs_of_control(facts, runs_behind, arm, control),
         source=lambda stage: _source(facts, stage),
         provenance=_provenance(facts),
@@ -81,6 +83,7 @@ def write_report(study: str) -> Path:
     with written_whole(reports / "tables" / LITERATURE) as temporary:
         shutil.copyfile(Path(__file__).parent / LITERATURE, temporary)
     save_table(_provenance_table(facts), reports / "tables" / "provenance.csv")
+    save_table(_seconds_table(facts), reports / "tables" / "seconds.csv")
     path = reports / "report.html"
     with written_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
@@ -89,15 +92,30 @@ def write_report(study: str) -> Path:
 
 def _provenance_table(facts: Facts) -> pd.DataFrame:
     """What each number came from: columns network ("<arm>-s<seed>"; empty for a notebook), stage, run_id, commit,
-    dirty.
+    dirty; of a network those of its training, which may be older than the notebook's last run.
     """
     rows = []
     for stage, record in facts.records.items():
-        source = record.get("source", {})
         ids = record.get("runs", {})
         for network, run_id in ({"": ids.get("notebook", "")} | ids.get("models", {})).items():
+            source = facts.trained_at.get(network, {}) if network else record.get("source", {})
             rows.append((network, stage, run_id, source.get("commit", ""), source.get("dirty", "")))
     return pd.DataFrame(rows, columns=["network", "stage", "run_id", "commit", "dirty"])
+
+
+def _teacher_source(facts: Facts) -> dict[str, str]:
+    """Run and commit of the teacher's training, "" where not recorded."""
+    name = next((name for name in facts.runs if name.startswith("teacher-s")), "")
+    return {"run": facts.runs.get(name, ""), "commit": findings.commit_of(facts, name)}
+
+
+def _seconds_table(facts: Facts) -> pd.DataFrame:
+    """What training and selection took, as on the page: columns what (an arm, a step of 02, a notebook), seconds."""
+    costs = findings.costs(facts)
+    rows = [(f"{row.arm}, per student", row.seconds) for row in costs["arms"]]
+    rows += [("all distilled students", costs["seconds"])] if costs["students"] else []
+    rows += [(row.what, row.seconds) for row in costs["selection"]] + costs["notebooks"]
+    return pd.DataFrame(rows, columns=["what", "seconds"])
 
 
 # --- Figures and files

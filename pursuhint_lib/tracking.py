@@ -22,7 +22,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pursuhint_lib.storage import run_folder, save_table
+from pursuhint_lib.provenance import hardware, source_state, versions
+from pursuhint_lib.storage import run_folder, save_json, save_table
 from pursuhint_lib.tracking_notebook import StageRun
 from pursuhint_lib.tracking_runs import (
     compare_link,
@@ -59,6 +60,7 @@ __all__ = [
     "sweep_dead_runs",
 ]
 
+LAB_RECORD = ".record.json"  # of a notebook that was run in JupyterLab: its run, source, versions and hardware
 LAB_TABLE = ".runs.csv"  # run ids of the networks of a notebook that was run in JupyterLab, for the report
 
 
@@ -88,6 +90,8 @@ def stage_run(study: str, stage: str, params: Mapping[str, Any]) -> Iterator[Sta
     except BaseException as error:
         _close_lab_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
+    about = {"runs": {"notebook": run_id}, "source": source_state(), "versions": versions(), "hardware": hardware()}
+    save_json(about, run_folder(study, stage) / LAB_RECORD)
     with goes_on("the stage's files"):
         log_stage_files(run_id, run_folder(study, stage))
         save_table(run_table(study, stage), run_folder(study, stage) / LAB_TABLE)

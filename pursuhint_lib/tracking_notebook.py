@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pursuhint_lib.comparison import LANDSCAPE
 from pursuhint_lib.storage import home
 from pursuhint_lib.tracking_models import NotExported, link_inputs, log_datasets, log_network
 from pursuhint_lib.tracking_page import run_link
@@ -99,6 +100,8 @@ class StageRun:
             else:
                 client.set_tag(run.info.run_id, "current", "no")
         facets = {"arm": arm, "seed": seed} | dict(params)
+        of_landscape = str(params.get("strategy", "")).startswith(LANDSCAPE)
+        tags = {**tags, "of_landscape": "yes" if of_landscape else "no"}
         if "strategy" in params:
             facets["metric"] = _measure(str(params["strategy"]))
         if existing is not None:

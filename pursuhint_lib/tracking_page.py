@@ -12,7 +12,7 @@ from pursuhint_lib.tracking_store import QUIET, TrackingError, artifact_root, op
 HEADLINE = "final/val_acc1"
 DISTILLED = "04_distill_students"
 BASE = "http://127.0.0.1:5000"
-_STUDENTS = f'tags.stage = "{DISTILLED}" and tags.current = "yes"'
+_STUDENTS = f'tags.stage = "{DISTILLED}" and tags.current = "yes" and tags.of_landscape = "no"'
 _FACETS = ("strategy", "method", "metric", "seed")
 _MEASURES = (HEADLINE, "test/acc1", "test/agreement", "test/kl", "test/ece")
 
@@ -51,8 +51,9 @@ def _saved_view(key: str) -> str:
     columns = [f"params.`{facet}`" for facet in _FACETS] + [f"metrics.`{measure}`" for measure in _MEASURES]
     state: dict = {
         "searchFilter": _STUDENTS,
-        "orderByKey": f"metrics.`{HEADLINE}`",
-        "orderByAsc": False,
+        # The page loads the first 100 runs: of the best ones, means would flatter every arm that has one among them.
+        "orderByKey": f"metrics.`{HEADLINE}`" if view.mode == "TABLE" else "params.`seed`",
+        "orderByAsc": view.mode != "TABLE",
         "selectedColumns": [*columns, "attributes.`Models`"],
         "runsHiddenMode": "SHOW_ALL",  # else the chart leaves out all but ten
     }

@@ -64,7 +64,10 @@ def create_run(
         run = open_client().create_run(
             experiment_id,
             run_name=name or stage.replace("_", " "),
-            tags=stage_tags(study, stage) | {key: str(value) for key, value in (tags or {}).items()},
+            # Not of networks: the driver, which logs them, has other threads than the notebook that trained them.
+            tags=stage_tags(study, stage)
+            | {"threads": os.environ.get("OMP_NUM_THREADS", str(hardware()["cores"]))}
+            | {key: str(value) for key, value in (tags or {}).items()},
         )
         log_params(run.info.run_id, params or {})
         return run.info.run_id
@@ -91,11 +94,17 @@ def sweep_dead_runs(study: str) -> list[str]:
 
 
 def run_table(study: str, stage: str) -> pd.DataFrame:
-    """The trained models of a stage's last run, sorted: arm, seed, run_id, status. Raises TrackingError."""
+    """The trained models of a stage's last run, sorted: arm, seed, run_id, status; commit and dirty, of the time when
+    they were trained, which may be before that run. Raises TrackingError.
+    """
     with one_line_errors(f"the runs of {stage} cannot be read"):
         runs = search_runs(open_client(), open_experiment(study), f"tags.stage = '{stage}' and tags.current = 'yes'")
-        rows = [(run.data.tags["arm"], int(run.data.tags["seed"]), run.info.run_id, run.info.status) for run in runs]
-        return pd.DataFrame(sorted(rows), columns=["arm", "seed", "run_id", "status"])
+        rows = []
+        for run in runs:
+            tags = run.data.tags
+            source = tags.get("mlflow.source.git.commit", "unknown"), tags.get("git.dirty") == "true"
+            rows.append((tags["arm"], int(tags["seed"]), run.info.run_id, run.info.status, *source))
+        return pd.DataFrame(sorted(rows), columns=["arm", "seed", "run_id", "status", "commit", "dirty"])
 
 
 def retire_other_models(study: str, stage: str, run_id: str) -> None:
@@ -151,7 +160,6 @@ def stage_tags(study: str, stage: str) -> dict[str, str]:
         "pid": str(os.getpid()),
         "pid_started": str(_started(os.getpid())),
         "device": ", ".join(machine["gpu"]) or machine["cpu"],
-        "threads": os.environ.get("OMP_NUM_THREADS", str(machine["cores"])),
         "python": package["python"],
         "torch": package.get("torch", "none"),
     }

@@ -15,6 +15,7 @@ from pursuhint_lib.comparison import (
     SUMMARY_COLUMNS,
     Difference,
     average_measures,
+    best_on_validation,
     bootstrap_interval,
     contrast,
     detectable_difference,
@@ -398,6 +399,14 @@ def test_a_study_without_clustered_arms_or_with_one_seed_has_contrasts_with_the_
 def test_the_main_choice_is_the_first_that_takes_cluster_centers():
     names = ["uniform", "clustered_first_x", "clustered_medoid_x", "clustered_x", "clustered_y", "clustered_last_x"]
     assert main_strategy(names) == "clustered_x" and main_strategy(["uniform", "clustered_last_x"]) == ""
+
+
+def test_validation_chooses_and_test_has_no_say_where_it_cannot():
+    rows = [("z", 0.5, 0.9, ""), ("a", 0.5 - 1e-16, 0.1, ""), ("twin", 0.8, 0.9, "z"), ("unaided", 0.9, 0.9, "")]
+    summary = pd.DataFrame(rows, columns=["arm", "val_mean", "test_mean", "same_as"])
+    assert best_on_validation(summary) == "a"
+    assert best_on_validation(summary.assign(same_as=np.nan).iloc[:2]) == "a"
+    assert best_on_validation(summary.iloc[2:]) == ""
 
 
 def measured(**arms):

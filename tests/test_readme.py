@@ -12,6 +12,7 @@ from pursuhint_lib.data import Batch, Batches, ImageSet
 from pursuhint_lib.logit_losses import LOGIT_LOSSES
 from pursuhint_lib.methods import METHODS
 from pursuhint_lib.models import build_model, state_hash
+from pursuhint_lib.params import load_params
 from pursuhint_lib.storage import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -61,11 +62,19 @@ def test_every_make_target_that_is_named_exists():
         assert re.search(rf"^  make {target} ", known, re.MULTILINE), target
 
 
+def test_the_parameter_file_for_images_of_ones_own_is_accepted(tmp_path):
+    text = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "mine.yaml").write_text(text)
+    params = load_params(tmp_path / "mine.yaml")
+    assert params["01_train_teacher"].teacher_epochs == params["04_distill_students"].epochs == 60
+    assert len(text.splitlines()) <= 10
+
+
 def test_files_and_studies_that_are_named_exist():
     for name in re.findall(r"`(\d\d_[a-z_]+)`", README):
         assert (REPOSITORY / "notebooks" / f"{name}.ipynb").exists()
     for study in re.findall(r"STUDY=(\w+)", README):
-        assert study == "name" or (REPOSITORY / "params" / f"{study}.yaml").exists()
+        assert study in ("name", "mine") or (REPOSITORY / "params" / f"{study}.yaml").exists()
 
 
 def reports_are_those_of_record():

@@ -27,7 +27,7 @@ from pursuhint_lib.models import MODELS
 from pursuhint_lib.params import STAGES
 from pursuhint_lib.report import MODEL_CARD, TEMPLATE, write_report
 from pursuhint_lib.storage import REPOSITORY, read_json, read_table, save_json, save_table
-from pursuhint_lib.tracking import LAB_TABLE
+from pursuhint_lib.tracking import LAB_RECORD, LAB_TABLE
 
 LAYERS = [f"stage{s}.{b}" for s in (1, 2, 3) for b in range(5)]
 CHOICES = {
@@ -258,12 +258,15 @@ def _record(stage, number):
         if stage == "04_distill_students"
         else {}
     )
+    # Students of seed 0 were trained before the notebook ran for the last time, with changes that were not committed.
+    trained_at = {name: {"commit": "abcdef0" * 5, "dirty": True} for name in models if name.endswith("-s0")}
+    trained_at |= {name: {"commit": f"{number}c" * 20, "dirty": False} for name in models if name not in trained_at}
     return {
         "stage": stage,
         "key": f"{number}f" * 32,
         "inputs": {"parameters": {"study": "toy", "epochs": 3, "seeds": [0, 1]}},
         "outputs": {},
-        "runs": {"notebook": f"{number}e" * 16, "models": models},
+        "runs": {"notebook": f"{number}e" * 16, "models": models, "trained_at": trained_at},
         "source": {"commit": f"{number}c" * 20, "dirty": number == 3},
         "versions": {"python": "3.11.9", "torch": "2.15.0"},
         "hardware": {"cpu": "Imagined CPU", "cores": 2, "memory_gb": 15.6, "gpu": [], "system": "Linux x86_64"},
@@ -834,6 +837,27 @@ def test_how_much_and_how_sure_are_medians_and_ranges_of_the_comparisons(home):
     assert cells(hints)[0] == 2 and FAMILY in numbers(page.table("The verdict in numbers").find(".//caption"))
 
 
+def test_choices_of_another_number_of_layers_are_no_other_choice_of_layers(home):
+    runs = make_study(home)
+    file = runs / "03_cluster_layers" / "hint_points.json"
+    chosen = read_json(file)
+    fewer = {"layers": chosen["random_0"]["layers"][:1]}
+    save_json(chosen | {"random_0": fewer, "random_1": fewer}, file)
+    table = report(home).table("The verdict in numbers")
+    counts = {row.get("data-against"): cells(row)[0] for row in table.findall(".//tr[@data-against]")}
+    assert counts == {"Other choices of layers": 3, "Another number of layers": 1, "No hints": 1}
+
+
+def test_a_notebook_run_by_hand_names_its_run_and_source(home):
+    runs = make_study(home, records=False)
+    for number, stage in enumerate(STAGES):
+        about = {"runs": {"notebook": f"{number}e" * 16}, "source": {"commit": f"{number}c" * 20, "dirty": False}}
+        save_json(about, runs / stage / LAB_RECORD)
+    page = report(home)
+    row = next(row for row in page.all("tr") if row.get("data-stage") == "04_distill_students")
+    assert "3e" * 16 in text(row) and ("3c" * 20)[:7] in text(row)
+
+
 def test_hints_used_otherwise_are_no_other_choice_of_layers(home):
     runs = make_study(home)
     file = runs / "03_cluster_layers" / "hint_points.json"
@@ -918,7 +942,7 @@ def test_measures_stand_with_intervals_and_are_explained(home):
             assert numbers(cell) == [own["mean"], own["low"], own["high"]]
     terms = page.section("measures").find(".//dl")
     assert [text(term) for term in terms.iter("dt")] == [heading for heading, *_ in MEASURES.values()]
-    temperature = read_table(runs / "05_evaluate" / "results.csv").groupby("arm")["temperature"].mean()
+    temperature = read_table(runs / "05_evaluate" / "results.csv")["temperature"]
     told = next(p for p in page.section("measures").iter("p") if "Temperatures" in text(p))
     assert numbers(told) == [temperature.min(), temperature.max()]
     teacher = page.table("Measures beyond accuracy").find(".//tbody/tr")
@@ -987,8 +1011,8 @@ def test_a_landscape_is_placed_answered_and_folded(home):
         row.get("data-strategy"): row
         for row in page.table("Named choices among all subsets").findall(".//tr[@data-strategy]")
     }
-    assert numbers(rows["uniform"]) == [0.635, 0.8125, 0.25, 0.975, 0.01, 0.0, 0.02]
-    assert numbers(rows["reversed"]) == [0.65, 0.9]
+    assert numbers(rows["uniform"]) == [0.635, 81.25, 25.0, 97.5, 0.01, 0.0, 0.02]
+    assert numbers(rows["reversed"]) == [0.65, 90.0]
     assert rows["uniform"].get("data-runs") == " ".join(f"run-uniform-{seed}" for seed in range(5))
     main = {row.get("data-arm") for row in page.table("Accuracy of all arms").findall(".//tr[@data-arm]")}
     subsets = page.table("Accuracy of single layers and subsets").findall(".//tr[@data-arm]")
@@ -1100,7 +1124,11 @@ def test_rows_name_the_runs_and_the_commit_behind_them(home):
     page = report(home)
     row = page.table("Accuracy of all arms").find(".//tr[@data-arm='at_clustered_linear_cka']")
     assert row.get("data-runs") == " ".join(f"run-uniform-{seed}" for seed in range(5))  # of its twin
-    assert row.get("data-commit") == ("3c" * 20)[:7]
+    assert row.get("data-commit") == f"abcdef0+ {('3c' * 20)[:7]}"
+    students = page.table("Results and run ids by arm and seed").findall(".//tr[@data-arm='at_uniform']")
+    assert [text(row).endswith("abcdef0+") for row in students] == [True] + [False] * 4
+    table = pd.read_csv(home / "reports" / "toy" / "tables" / "provenance.csv").set_index("network")
+    assert table.loc["at_uniform-s0", "commit"] == "abcdef0" * 5 and table.loc["at_uniform-s1", "commit"] == "3c" * 20
     target = page.root.find(f".//tr[@id='{row.find('.//a').get('href')[1:]}']")
     assert target.get("data-arm") == "at_clustered_linear_cka" and target.get("data-seed") == "0"
     assert not page.table("Accuracy of all arms").find(".//tr[@data-arm='kd']").get("data-runs")  # not recorded

@@ -157,10 +157,13 @@ def test_a_model_trained_anew_replaces_the_old_one_in_the_table(store):
     other = log(parent, key="after", arm="at_uniform", seed=1, table=history(seeds=(1,)))
     assert old != new
     table = tracking.run_table("toy", "04_distill_students")
-    assert list(table.itertuples(index=False, name=None)) == [
+    assert list(table[["arm", "seed", "run_id", "status"]].itertuples(index=False, name=None)) == [
         ("at_uniform", 0, new, "FINISHED"),
         ("at_uniform", 1, other, "FINISHED"),
     ]
+    trained = client().get_run(new).data.tags
+    assert table.loc[0, "commit"] == trained["mlflow.source.git.commit"] and len(table.loc[0, "commit"]) == 40
+    assert str(table.loc[0, "dirty"]).lower() == trained["git.dirty"]
     assert client().get_run(old).data.tags["current"] == "no"
 
 
