@@ -280,7 +280,7 @@ def test_the_numbers_of_the_card_are_those_of_the_tables(made):
     assert "| at 1 | `stage2.0` (16x4x4) | `stage1.0` (4x8x8) |" in card
     assert "standard deviation 0.25 on the scale" in card and "adds none" in card
     assert "includes zero" in card and RUN in card and "Trained by `04_distill_students`" in card
-    assert "`decade`, with uncommitted changes" in card and "`c0ffee`, with uncommitted changes" in card
+    assert "`decade`, with uncommitted changes" in card
     parameters = sum(p.numel() for p in build_model("resnet8_w4", 10, channels=1).parameters())
     assert f"| parameters | {parameters:,} |" in card
     assert "Test images had no say" in card

@@ -10,7 +10,7 @@ import yaml
 from pursuhint_lib.comparison import contrast, main_strategy, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ("digits", "digits_controls", "digits_methods", "digits_landscape", "cifar100_quick")  # of record
+STUDIES = ("digits", "digits_controls", "digits_landscape", "cifar100_quick")  # of record
 BEGIN = "<!-- results: written by `make readme` from the tables in reports/ -->\n"
 END = "<!-- /results -->"
 HEAD = (
