@@ -13,6 +13,7 @@ HEADLINE = "final/val_acc1"
 DISTILLED = "04_distill_students"
 BASE = "http://127.0.0.1:5000"
 _STUDENTS = f'tags.stage = "{DISTILLED}" and tags.current = "yes" and tags.of_landscape = "no"'
+SAVED_VIEW = "mlflow.sharedViewState."  # what the tag of a saved view starts with
 _FACETS = ("strategy", "method", "metric", "seed")
 _MEASURES = (HEADLINE, "test/acc1", "test/agreement", "test/kl", "test/ece")
 
@@ -42,7 +43,7 @@ def experiment_tags(experiment_id: str) -> dict[str, str]:
         f"[Compare the distilled students, best on validation first]({best_first}) · {links}. "
         "One run per notebook, one child run per trained model."
     )
-    return {"mlflow.note.content": note} | {f"mlflow.sharedViewState.{key}": _saved_view(key) for key in VIEWS}
+    return {"mlflow.note.content": note} | {f"{SAVED_VIEW}{key}": _saved_view(key) for key in VIEWS}
 
 
 def _saved_view(key: str) -> str:

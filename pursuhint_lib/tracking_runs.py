@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from pursuhint_lib.provenance import hardware, source_state, versions
-from pursuhint_lib.tracking_page import BASE, DISTILLED, HEADLINE, chart_link, experiment_tags
+from pursuhint_lib.tracking_page import BASE, DISTILLED, HEADLINE, SAVED_VIEW, chart_link, experiment_tags
 from pursuhint_lib.tracking_store import (
     artifact_root,
     log_params,
@@ -48,6 +48,10 @@ def open_experiment(study: str) -> str:
             return experiment_id
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
+        for tag, value in experiment_tags(found.experiment_id).items():
+            # Views of an earlier version are renewed; a note that is there may be the reader's own.
+            if found.tags.get(tag, "") != value and (tag.startswith(SAVED_VIEW) or tag not in found.tags):
+                client.set_experiment_tag(found.experiment_id, tag, value)
         return found.experiment_id
 
 

@@ -358,6 +358,37 @@ def test_a_new_experiment_has_views_that_the_page_can_open(store):
         assert f"compareRunsMode={view.mode}&viewStateShareKey={key}" in tags["mlflow.note.content"]
 
 
+def test_views_of_an_earlier_version_are_renewed_and_a_note_of_the_reader_stays(store):
+    experiment_id = tracking.open_experiment("toy")
+    tag = "mlflow.sharedViewState.arms"
+    new = client().get_experiment(experiment_id).tags[tag]
+    client().set_experiment_tag(experiment_id, tag, "{}")
+    client().set_experiment_tag(experiment_id, "mlflow.note.content", "mine")
+    assert tracking.open_experiment("toy") == experiment_id
+    tags = client().get_experiment(experiment_id).tags
+    assert tags[tag] == new and tags["mlflow.note.content"] == "mine"
+
+
+def test_charts_leave_a_landscape_out_and_do_not_take_the_best_runs_first(store):
+    parent = new_run()
+    for strategy in ("uniform", "subset_1_2", "single_3"):
+        run = tracking.StageRun("toy", "04_distill_students", parent)
+        run.log_trained_model(
+            arm=f"at_{strategy}",
+            seed=0,
+            history=history(arms=(f"at_{strategy}",)),
+            params={"strategy": strategy},
+            key="k",
+        )
+    experiment_id = tracking.open_experiment("toy")
+    tags = client().get_experiment(experiment_id).tags
+    for key in ("arms", "strategies", "choices"):
+        state = json.loads(json.loads(tags[f"mlflow.sharedViewState.{key}"])["state"])
+        assert state["orderByKey"] == "params.`seed`" and state["orderByAsc"]
+        found = client().search_runs([experiment_id], state["searchFilter"])
+        assert [run.data.tags["arm"] for run in found] == ["at_uniform"]
+
+
 # --- Networks
 
 
