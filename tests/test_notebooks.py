@@ -40,7 +40,8 @@ def test_opens_with_a_title_and_a_question_and_ends_with_an_answer_from_the_run_
     cells = NOTEBOOKS[stage].cells
     assert re.match(rf"# {stage[:2]} · .+\n\n> \*\*.+\?\*\*", cells[0].source)
     assert cells[-1].cell_type == "markdown" and "**Try it:**" in cells[-1].source
-    assert cells[-2].cell_type == "code" and "Markdown(" in cells[-2].source and cells[-3].source == "## Takeaway"
+    takeaway = next(i for i, cell in enumerate(cells) if cell.source == "## Takeaway")
+    assert {cell.cell_type for cell in cells[takeaway + 1 : -1]} == {"code"} and "Markdown(" in cells[-2].source
 
 
 @each_notebook
