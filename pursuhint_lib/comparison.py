@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special, stats
 
+from pursuhint_lib.params import LANDSCAPE
+
 MINUS = "\N{MINUS SIGN}"
 POWER = 0.8  # Cohen 1988: the usual chance of finding a difference that is there
 RESAMPLES = 9999  # the smallest tail that matters is that of five differences, about 0.001
 ROUNDING = 1e-12  # accuracies are shares of at most some 100 000 images: none differ by so little
-LANDSCAPE = ("single_", "subset_")  # strategies that stand for all the choices there are
 OTHER_SPEAKERS = ("clustered_first_", "clustered_last_", "clustered_medoid_")  # another layer of each of the clusters
 # Columns of a study's results that `average_measures` sums up.
 MEASURES = ("test_accuracy", "top5", "test_loss", "agreement", "agreement_wrong", "kl", "ece", "ece_scaled")

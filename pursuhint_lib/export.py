@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor, nn
 
 from pursuhint_lib.arms import kept_file, parse_method
 from pursuhint_lib.comparison import best_on_validation, mean_interval
 from pursuhint_lib.data import Batches, balanced_subset
 from pursuhint_lib.evaluation import accuracy, count_macs, count_parameters
+from pursuhint_lib.formatting import templates
 from pursuhint_lib.models import load_model
 from pursuhint_lib.params import STAGES, Images, StudentTraining, from_variables, load_params, nearest, study_file
 from pursuhint_lib.provenance import source_state
@@ -95,7 +95,7 @@ assert "pursuhint_lib" not in sys.modules
 
 
 class Choice(NamedTuple):
-    """Which student is exported, the reason in one line, and whether validation alone decided."""
+    """Which student is exported, the reason in one line, and whether validation chose it or its seed."""
 
     arm: str
     seed: int
@@ -424,13 +424,7 @@ def _card(
     row = own[own["seed"] == choice.seed].iloc[0]
     method = row["method"]
     pairs = read_table(runs / "04_distill_students" / "pairs.csv")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates(html=False)
     environment.filters |= {"percent": lambda x: f"{x:.1%}", "whole": lambda x: f"{x:,.0f}", "points": _points}
     return environment.get_template(TEMPLATE).render(
         study=study,

@@ -22,11 +22,10 @@ class Facts:
 
     results, summary, contrasts, teacher, confidence: of notebook 05, see `comparison`. measures, costs, speed,
     landscape, placement: of notebook 05 as well, empty in a study that has none. adapters: of 04. histories: of 01 and
-    04, by stage.
-    training_seconds, selection_seconds: what 04 (arm, seed, epoch, seconds) and 02 (what, seconds) took. records: stage
-    -> its record.json, or what is known of a notebook run by hand, or {} (05 while it is running). runs: MLflow run
-    ids, of notebooks by stage and of trained networks by "<arm>-s<seed>", as far as recorded. trained_at: the same
-    networks -> commit and dirty (whether there were changes) at the time of their training.
+    04, by stage. training_seconds, selection_seconds: what 04 (arm, seed, epoch, seconds) and 02 (what, seconds) took.
+    records: stage -> its record.json, or what is known of a notebook run by hand, or {} (05 while it is running). runs:
+    MLflow run ids, of notebooks by stage and of trained networks by "<arm>-s<seed>", as far as recorded. trained_at:
+    the same networks -> commit and dirty (whether there were changes) at the time of their training.
     """
 
     results: pd.DataFrame

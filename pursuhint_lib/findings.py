@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 
 from pursuhint_lib.arms import parse_method
-from pursuhint_lib.comparison import LANDSCAPE, best_on_validation, main_strategy
+from pursuhint_lib.comparison import best_on_validation, main_strategy
 from pursuhint_lib.facts import Facts
+from pursuhint_lib.params import LANDSCAPE
 
 READINGS = {
     "better": "the whole interval lies above zero: better",

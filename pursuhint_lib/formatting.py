@@ -12,15 +12,21 @@ from pursuhint_lib.comparison import MINUS, in_points
 DASH = "\N{EN DASH}"
 
 
-def environment() -> Environment:
-    """Jinja with the filters of this module."""
-    made = Environment(
+def templates(*, html: bool) -> Environment:
+    """Jinja for the templates beside this module, without filters: of a page, where text is escaped, or of a text."""
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=not html,
     )
+
+
+def environment() -> Environment:
+    """Jinja with the filters of this module."""
+    made = templates(html=True)
     made.filters |= {
         "percent": lambda x: _number(x, f"{_percent(x)}\u202f%"),
         "percent_range": lambda ends: _range(ends, _percent, f"\u2009{DASH}\u2009"),

@@ -24,6 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pursuhint_lib.storage import REPOSITORY, home
 
 PARAMS_FOLDER = REPOSITORY / "params"
+LANDSCAPE = ("single_", "subset_")  # how names of hint points begin that stand for all the choices there are
 
 
 class ParameterError(ValueError):

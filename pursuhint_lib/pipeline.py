@@ -66,6 +66,9 @@ from pursuhint_lib.status import (
 from pursuhint_lib.storage import REPOSITORY, home, read_json, read_table, report_folder, run_folder, save_json
 from pursuhint_lib.verdict import Verdict, as_json, judge
 
+_EVALUATED = ("results.csv", "summary.csv", "contrasts.csv", "measures.csv", "alike.csv", "costs.csv", "teacher.json")
+# Written by a study that trains every subset of the layers, or each layer alone.
+_OF_LANDSCAPE = ("landscape.csv", "placement.csv", "layer_effects.csv", "positions.csv")
 STAGES = (
     Stage(
         "01_train_teacher",
@@ -120,30 +123,8 @@ STAGES = (
     Stage(
         "05_evaluate",
         reads=("01_train_teacher", "02_profile_layers", "03_cluster_layers", "04_distill_students"),
-        writes=(
-            "results.csv",
-            "summary.csv",
-            "contrasts.csv",
-            "measures.csv",
-            "alike.csv",
-            "costs.csv",
-            "speed.csv",
-            "teacher.json",
-            "settings.json",
-        ),
-        compared=(
-            "results.csv",
-            "summary.csv",
-            "contrasts.csv",
-            "measures.csv",
-            "alike.csv",
-            "costs.csv",
-            "landscape.csv",  # of a study that trains every subset of the layers; so are the next two
-            "placement.csv",
-            "layer_effects.csv",
-            "positions.csv",
-            "teacher.json",
-        ),
+        writes=(*_EVALUATED, "speed.csv", "settings.json"),
+        compared=(*_EVALUATED, *_OF_LANDSCAPE),
         share=0.08,
     ),
 )

@@ -40,6 +40,7 @@ from pursuhint_lib.tracking_spool import SPOOL, SpooledRun, environment, ingest
 from pursuhint_lib.tracking_store import TrackingError, goes_on, open_client, relocate
 
 __all__ = [
+    "LAB_RECORD",
     "LAB_TABLE",
     "SPOOL",
     "SpooledRun",

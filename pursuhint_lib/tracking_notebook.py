@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pursuhint_lib.comparison import LANDSCAPE
+from pursuhint_lib.params import LANDSCAPE
 from pursuhint_lib.storage import home
 from pursuhint_lib.tracking_models import NotExported, link_inputs, log_datasets, log_network
 from pursuhint_lib.tracking_page import run_link

@@ -133,3 +133,18 @@ def test_differences_have_the_marks_of_a_forest_and_do_without_columns_that_old_
     old = rows.drop(columns=["boot_low", "boot_high", "p_holm"])
     plots.differences(ax, old.assign(arm=old["control"]), "kd", 0.95)
     assert len(ax.lines) == 5 and "Holm" not in ax.get_title(loc="left") + ax.get_title()
+
+
+def test_measures_stand_side_by_side_in_the_order_of_the_arms_and_never_below_zero(ax):
+    rows = [("kd", "ece", 0.02, -0.01, 0.05), ("at", "ece", 0.04, 0.03, 0.05), ("at", "ece_scaled", 0.01, 0.0, 0.02)]
+    table = pd.DataFrame(rows, columns=["arm", "measure", "mean", "low", "high"])
+    plots.measures(ax, table, ["at", "kd"], {"ece": "as trained", "ece_scaled": "scaled"}, "error (%)", percent=True)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["at", "kd"]
+    trained, scaled = ax.lines
+    assert list(trained.get_xdata()) == [4, 2] and scaled.get_xdata()[0] == 1 and scaled.get_ydata()[0] > 0
+    intervals = [
+        [segment[:, 0].tolist() for segment in lines.get_segments() if len(segment)] for lines in ax.collections
+    ]
+    assert intervals[0] == [[3, 5], [-1, 5]] and intervals[1][0] == [0, 2]
+    assert ax.get_xlim()[0] == 0 and ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["as trained", "scaled"]
