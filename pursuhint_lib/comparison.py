@@ -184,6 +184,11 @@ def in_points(fraction: float) -> str:
     return text[1:] if float(text[1:]) == 0 else text
 
 
+def p_in_words(p: float) -> str:
+    """A p value with three decimals."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
 def difference_in_words(difference: Difference, confidence: float, p_holm: float, comparisons: int) -> str:
     """One comparison as a plain sentence without its full stop: how large, how sure, what could have been found.
 
@@ -207,9 +212,8 @@ def difference_in_words(difference: Difference, confidence: float, p_holm: float
             f"been found with {100 * POWER:g}\u202f% probability"
         )
     survives = "survives" if p_holm <= 1 - confidence else "does not survive"
-    exact = "p < 0.001" if p_holm < 0.001 else f"p = {p_holm:.3f}"
     many = f"{comparisons} comparison{'s' if comparisons > 1 else ''}"
-    return said + f"excludes zero, which {survives} Holm's correction over {many} ({exact})"
+    return said + f"excludes zero, which {survives} Holm's correction over {many} ({p_in_words(p_holm)})"
 
 
 # ---- The arms of a study ----
@@ -303,7 +307,9 @@ def best_on_validation(summary: pd.DataFrame) -> str:
     Of equals (up to rounding), the first by name: `summary` (of `summarize`) is sorted by test accuracy, which must
     have no say. An arm that repeats another is not asked.
     """
-    aided = summary[(summary["arm"] != "unaided") & (summary["same_as"].fillna("") == "")].sort_values("arm")
+    aided = summary[(summary["arm"] != "unaided") & (summary["same_as"].astype(object).fillna("") == "")].sort_values(
+        "arm"
+    )
     return aided["arm"][aided["val_mean"].round(9).idxmax()] if aided["val_mean"].notna().any() else ""
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from pursuhint_lib.comparison import in_points, mean_interval
+from pursuhint_lib.comparison import in_points, mean_interval, p_in_words
 
 SUBSET_COLUMNS = ["method", "arm", "layers", "n", "mean", "low", "high", "difference", "difference_low"]
 SUBSET_COLUMNS += ["difference_high", "shrunken", "rank", "percentile", "noise_low", "noise_high", "strategies"]
@@ -438,9 +438,10 @@ def _matters(found: Mapping[str, Any]) -> str:
         return "whether the choice matters cannot be known" + (
             ": one seed shows no noise." if found["seeds"] == 1 else "."
         )
+    how_sure = f"(F test, {p_in_words(found['p'])})"
     if found["p"] < 1 - found["confidence"]:
-        return f"the choice matters: the subsets differ beyond the noise of the seeds (F test, {_p(found['p'])})."
-    return f"whether the choice matters stays open: no difference beyond seed noise is seen (F test, {_p(found['p'])})."
+        return f"the choice matters: the subsets differ beyond the noise of the seeds {how_sure}."
+    return f"whether the choice matters stays open: no difference beyond seed noise is seen {how_sure}."
 
 
 def _sentences(method: str, found: Mapping[str, Any], placed: pd.DataFrame) -> Iterator[str]:
@@ -481,7 +482,3 @@ def _points(fraction: float) -> str:
 
 def _signed(fraction: float) -> str:
     return f"{in_points(fraction)} points"
-
-
-def _p(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
