@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pursuhint_lib.controls import ControlTeacher
+from pursuhint_lib.controls import ControlTeacher, control_teacher
 from pursuhint_lib.data import BatchSource
 from pursuhint_lib.features import FrozenTeacher
 from pursuhint_lib.hints import HintPair, HintPoints, pair_layers, select_hint_points
@@ -294,17 +294,23 @@ class Distillation:
                 "not have: make the teacher with controls.control_teacher"
             )
 
-    def train(self, arms: Sequence[Arm], folder: Path, seeds: Sequence[int] | None = None) -> pd.DataFrame:
+    def train(
+        self,
+        arms: Sequence[Arm],
+        folder: Path,
+        seeds: Sequence[int] | None = None,
+        report_to: Path | None = None,
+    ) -> pd.DataFrame:
         """Train every arm that is not `same_as` another, seed by seed in lockstep, and keep the students in `folder`.
 
-        seeds: some of the study's; all, if not given.
+        seeds: some of the study's; all, if not given. report_to: where the heartbeat is written, if not in `folder`.
 
         Returns the histories of all arms and seeds; see `train_and_keep` for what is not trained again, and for errors.
         """
         trained = {arm.name: arm for arm in arms if not arm.same_as}
         keys = {name: self.key(arm) for name, arm in trained.items()}
         seeds, epochs = seeds or self.params.seeds, self.params.epochs
-        progress = Progress(folder, len(seeds) * len(trained) * epochs, "student epochs")
+        progress = Progress(report_to or folder, len(seeds) * len(trained) * epochs, "student epochs")
         histories = [
             train_and_keep(
                 folder,
@@ -323,6 +329,27 @@ class Distillation:
         return pd.concat(histories, ignore_index=True)
 
 
+def load_distillation(
+    params: DistillStudents, images: StudyImages, device: torch.device, dtype: torch.dtype
+) -> tuple[Distillation, list[Arm]]:
+    """What the notebooks before have left, made ready: the teacher, the layer tables, and the study's arms.
+
+    Raises what `storage.read_table`, `models.load_model` and `study_arms` raise.
+    """
+    before = run_folder(params.study)
+    teacher_table = read_table(before / "02_profile_layers" / "layers_teacher.csv")
+    student_table = read_table(before / "02_profile_layers" / "layers_student.csv")
+    chosen = read_json(before / "03_cluster_layers" / "hint_points.json")
+    hint_points = {name: HintPoints(**choice) for name, choice in chosen.items()}
+    trained, layers = load_teacher(params.study), list(teacher_table["layer"])
+    if all(points.source == "trained" for points in hint_points.values()):
+        teacher = FrozenTeacher(trained, layers).to(device)
+    else:  # some control arms take hints that know less
+        teacher = control_teacher(trained, layers, params, images).to(device)
+    distillation = Distillation(params, images, teacher, teacher_table, student_table, device, dtype)
+    return distillation, study_arms(hint_points, params.methods, teacher_table, student_table, params.hint_weights)
+
+
 def training_key(**facts: Any) -> str:
     """Hash of everything that decides a trained network: the given facts (JSON-able), the training code, torch's
     version.
@@ -333,7 +360,18 @@ def training_key(**facts: Any) -> str:
 
 def _code_hash() -> str:
     here = Path(__file__).parent
-    names = ["arms", "controls", "data", "features", "folders", "hint_losses", "hints", "learners", "logit_losses"]
+    names = [
+        "arms",
+        "baselines",
+        "controls",
+        "data",
+        "features",
+        "folders",
+        "hint_losses",
+        "hints",
+        "learners",
+        "logit_losses",
+    ]
     names += ["losses", "methods", "study", "training"]
     files = [here / f"{name}.py" for name in names] + sorted((here / "models").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

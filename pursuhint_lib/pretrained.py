@@ -106,11 +106,11 @@ def keep_pretrained(
     seed: int,
     validation: BatchSource,
     dtype: torch.dtype = torch.float32,
-) -> tuple[pd.DataFrame, str]:
-    """Keep a teacher that was trained elsewhere where `arms.train_and_keep` keeps one that was trained here.
+) -> pd.DataFrame:
+    """Keep a teacher that was trained elsewhere where `arms.train_and_keep` keeps one that was trained here, under a
+    key that depends on the weights alone.
 
-    Returns its history, one row as of `training.fit` for an epoch 0 (what it does on validation, untouched), and its
-    key, which depends on the weights alone.
+    Returns its history, one row as of `training.fit` for an epoch 0 (what it does on validation, untouched).
     """
     key = training_key(network=teacher.spec, weights=state_hash(teacher))
     started = time.perf_counter()
@@ -121,7 +121,7 @@ def keep_pretrained(
     row |= {"seconds": time.perf_counter() - started, "finished": time.time()}
     facts = {name: row[name] for name in ("arm", "seed", "status", "val_accuracy")}
     save_model(teacher, kept_file(folder, "teacher", seed), key=key, **facts)
-    return pd.DataFrame([row]), key
+    return pd.DataFrame([row])
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ learner takes its step. Learners do not influence each other: the same learner g
 company, in one go or interrupted and resumed (same CPU, same number of threads).
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -76,6 +77,17 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
         native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if native else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute with so many CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

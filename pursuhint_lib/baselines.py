@@ -1,0 +1,111 @@
+"""What notebook 01 trains: the teacher, others of its kind, and for every seed a student that has no teacher."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from pursuhint_lib.arms import check_trained, train_and_keep, training_key
+from pursuhint_lib.learners import Supervised
+from pursuhint_lib.params import TrainTeacher
+from pursuhint_lib.pretrained import keep_pretrained, load_weights
+from pursuhint_lib.progress import Progress
+from pursuhint_lib.study import StudyImages, fixed_batches, fresh_network, training_batches, training_facts
+from pursuhint_lib.training import Schedule, torch_threads
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Images and recipes of the networks that learn from labels alone. Each is trained once and kept, see
+    `arms.train_and_keep`.
+    """
+
+    params: TrainTeacher
+    images: StudyImages
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def teachers(self) -> dict[str, int]:
+        """Name -> seed of its initial weights: "teacher", then those that never teach, "teacher_1", ... All see the
+        same batches.
+        """
+        names = ["teacher"] + [f"teacher_{k}" for k in range(1, self.params.other_teachers + 1)]
+        return {name: self.params.teacher_seed + k for k, name in enumerate(names)}
+
+    @property
+    def teacher_schedule(self) -> Schedule:
+        """Of every teacher."""
+        p = self.params
+        return Schedule(p.schedule, p.teacher_epochs, p.teacher_learning_rate, p.momentum, p.weight_decay)
+
+    @property
+    def student_schedule(self) -> Schedule:
+        """Of every student."""
+        p = self.params
+        return Schedule(p.schedule, p.epochs, p.learning_rate, p.momentum, p.weight_decay)
+
+    def train_teachers(self, folder: Path, report_to: Path | None = None) -> pd.DataFrame:
+        """Train the teachers in lockstep and keep them in `folder`, with a share of the threads for each of the
+        workers. Where the parameters name weights, the teacher is taken as it is. Returns their histories.
+
+        report_to: where the heartbeat is written, if not in `folder`. Raises ValueError, one line, for a teacher that
+        failed, and what `pretrained.load_weights` and `arms.train_and_keep` raise.
+        """
+        p, histories, seeds = self.params, [], self.teachers
+        with torch_threads(max(1, p.threads // p.workers)):
+            if p.teacher_weights:
+                network = load_weights(fresh_network(p.teacher, self.images, p.teacher_seed), p.teacher_weights)
+                del seeds["teacher"]
+                histories.append(keep_pretrained(folder, network, p.teacher_seed, self._validation(), self.dtype))
+            if seeds:
+                schedule, facts = self.teacher_schedule, self._facts()
+                recipe = {"network": p.teacher, "schedule": asdict(schedule)}
+                history = train_and_keep(
+                    folder,
+                    {name: training_key(seed=seed, **recipe, **facts) for name, seed in seeds.items()},
+                    lambda name: Supervised(fresh_network(p.teacher, self.images, seeds[name])),
+                    training_batches(p, self.images, p.batch_size, p.teacher_seed, self.device),
+                    schedule,
+                    validation=self._validation(),
+                    progress=Progress(report_to or folder, p.teacher_epochs * len(seeds), "teachers"),
+                    dtype=self.dtype,
+                    workers=p.workers,
+                )
+                check_trained(history, "teacher_learning_rate")
+                histories.append(history)
+        return pd.concat(histories, ignore_index=True)
+
+    def train_unaided(
+        self, folder: Path, seeds: Sequence[int] | None = None, report_to: Path | None = None
+    ) -> pd.DataFrame:
+        """Train the student without a teacher, once for each of `seeds` (if not given, all), and keep it in `folder`.
+        Returns the histories; see `train_teachers`.
+        """
+        p, seeds = self.params, seeds or self.params.seeds
+        progress = Progress(report_to or folder, p.epochs * len(seeds), "unaided students")
+        histories = []
+        with torch_threads(p.threads):
+            key = training_key(network=p.student, schedule=asdict(self.student_schedule), **self._facts())
+            for seed in seeds:
+                history = train_and_keep(
+                    folder,
+                    {"unaided": key},
+                    lambda _, seed=seed: Supervised(fresh_network(p.student, self.images, seed)),
+                    training_batches(p, self.images, p.batch_size, seed, self.device),
+                    self.student_schedule,
+                    validation=self._validation(),
+                    progress=progress,
+                    dtype=self.dtype,
+                )
+                check_trained(history, "learning_rate")
+                histories.append(history)
+        return pd.concat(histories, ignore_index=True)
+
+    def _validation(self):
+        return fixed_batches(self.params, self.images, "validation", self.device)
+
+    def _facts(self) -> dict:
+        return training_facts(self.params, self.images, self.params.batch_size, self.device, self.dtype)
