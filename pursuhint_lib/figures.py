@@ -35,7 +35,8 @@ FIGURES = (  # in the order of the page
         "differences",
         "results",
         "Paired differences to students without hints",
-        "Each arm minus kd, which takes no hints, of the same seed: mean and interval. An interval across zero cannot tell the two apart.",
+        "Each arm minus kd, which takes no hints, of the same seed: mean and interval. An interval across zero cannot "
+        "tell the two apart.",
     ),
     Figure(
         "04_distill_students",
