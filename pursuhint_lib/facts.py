@@ -88,7 +88,9 @@ def read_facts(runs: Path) -> Facts:
         landscape=_optional_json(evaluate / "landscape.json"),
         placement=_optional_table(evaluate / "placement.csv", ["method", "strategy", "arm"]),
         stability=_optional_table(cluster / "stability.csv", ["metric", "layer", "frequency"]),
-        partitions=_optional_table(cluster / "partitions.csv", ["adjusted_rand", "shared", "largest_shift", "between"]),
+        partitions=_optional_table(
+            cluster / "partitions.csv", ["a", "b", "adjusted_rand", "shared", "largest_shift", "between"]
+        ),
         histories={folder.name: read_table(folder / "histories.csv") for folder in (teach, distill)},
         training_seconds=_optional_table(distill / "timings.csv", ["arm", "seed", "epoch", "seconds"]),
         selection_seconds=_optional_table(profile / "timings.csv", ["what", "seconds"]),

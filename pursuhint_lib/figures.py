@@ -34,8 +34,9 @@ FIGURES = (  # in the order of the page
         "05_evaluate",
         "differences",
         "results",
-        "Paired differences to KD without hints",
-        "Each arm minus KD of the same seed, mean and interval. An interval across zero cannot tell the two apart.",
+        "Paired differences to students without hints",
+        "Each arm minus kd, which takes no hints, of the same seed: mean and interval. An interval across zero cannot "
+        "tell the two apart.",
     ),
     Figure(
         "04_distill_students",

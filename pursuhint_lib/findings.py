@@ -144,6 +144,12 @@ def _answer(counts: Mapping[str, Any], arms: int) -> str:
     return "uncorrected" if counts["better"] or counts["worse"] else "open"
 
 
+def logits_matched(facts: Facts) -> bool | None:
+    """Whether students learn from the teacher's logits where their method names no other way; None if not recorded."""
+    weight = facts.parameters("04_distill_students").get("kd_weight")
+    return None if weight is None else weight > 0
+
+
 def main_rows(facts: Facts) -> list[Any]:
     """Arms by mean test accuracy, the unaided student last."""
     table = facts.summary.sort_values("test_mean", ascending=False, kind="stable")

@@ -12,7 +12,7 @@ from typing import Any
 
 from pursuhint_lib.arms import Objective, parse_method
 from pursuhint_lib.facts import Facts
-from pursuhint_lib.findings import main_strategy, setting
+from pursuhint_lib.findings import logits_matched, main_strategy, setting
 from pursuhint_lib.logit_losses import LOGIT_LOSSES
 from pursuhint_lib.storage import read_table
 
@@ -96,7 +96,9 @@ def beside_literature(facts: Facts) -> dict[str, Any]:
         text, address = SOURCES[published.source]
         row = {"method": published.method, "published": published.accuracy, "runs": published.runs}
         row |= {"source": text, "address": address}
-        for arm, ours, n in _ours(facts, published.method) or [("", float("nan"), 0)]:
+        named = "kd" in published.method.split("+")
+        ours_too = [] if named and logits_matched(facts) is False else _ours(facts, published.method)
+        for arm, ours, n in ours_too or [("", float("nan"), 0)]:
             difference = ours - published.accuracy if comparable else float("nan")
             rows.append(row | {"arm": arm, "ours": ours, "n": n, "difference": difference})
     beside = [row for row in rows if row["arm"]]
@@ -104,7 +106,7 @@ def beside_literature(facts: Facts) -> dict[str, Any]:
         "missing": "",
         "rows": rows,
         "differs": _differences(facts, about, PROTOCOLS[data], of_pair["runs"].max()),
-        "no_kd": any(_needs_kd(row["method"]) for row in beside),
+        "no_kd": logits_matched(facts) is not False and any(_needs_kd(row["method"]) for row in beside),
     }
 
 

@@ -20,6 +20,7 @@ from pursuhint_lib.comparison import POWER
 from pursuhint_lib.facts import COMPARED, Facts, read_facts
 from pursuhint_lib.figures import shown_figures
 from pursuhint_lib.formatting import environment
+from pursuhint_lib.hypotheses import NEAR, hypothesis_table, judge_hypotheses
 from pursuhint_lib.literature import TABLE as LITERATURE
 from pursuhint_lib.literature import beside_literature
 from pursuhint_lib.params import STAGES
@@ -40,6 +41,8 @@ def write_report(study: str) -> Path:
     comparisons = list(facts.contrasts.itertuples())
     tables, pictures = _unique_names(_tables(runs)), _unique_names(_pictures(runs))
     template = environment().get_template(TEMPLATE)
+    matched = findings.logits_matched(facts)
+    hypotheses = judge_hypotheses(facts.results, facts.hint_points, facts.partitions, matched, facts.confidence)
     arms, runs_behind = findings.main_rows(facts), findings.runs_behind(facts)
     page = template.render(
         study=study,
@@ -57,6 +60,9 @@ def write_report(study: str) -> Path:
         landscape=findings.landscape(facts),
         measured=findings.measured(facts),
         costs=findings.costs(facts),
+        hypotheses=hypotheses,
+        without_hints="KD without hints" if matched is not False else "labels alone, without hints",
+        reference="KD" if matched is not False else "labels alone",
         beside=beside_literature(facts),
         limits=findings.limits(facts),
         figures=shown_figures(facts, runs, pictures),
@@ -71,6 +77,7 @@ def write_report(study: str) -> Path:
         failed=findings.failed(facts),
         n_random=sum(name.startswith("random") for name in facts.hint_points),
         model_card=MODEL_CARD if (reports / MODEL_CARD).exists() else "",
+        NEAR=NEAR,
         READINGS=findings.READINGS,
         MEASURES=findings.MEASURES,
         POWER=POWER,
@@ -83,6 +90,7 @@ def write_report(study: str) -> Path:
     with written_whole(reports / "tables" / LITERATURE) as temporary:
         shutil.copyfile(Path(__file__).parent / LITERATURE, temporary)
     save_table(_provenance_table(facts), reports / "tables" / "provenance.csv")
+    save_table(hypothesis_table(hypotheses), reports / "tables" / "hypotheses.csv")
     save_table(_seconds_table(facts), reports / "tables" / "seconds.csv")
     path = reports / "report.html"
     with written_whole(path) as temporary:

@@ -89,6 +89,6 @@ def reports_are_those_of_record():
 
 @pytest.mark.skipif(not reports_are_those_of_record(), reason="reports/ were made again here, or there is no git")
 def test_the_table_of_results_is_that_of_the_reports():
-    assert readme_tool.BEGIN + readme_tool.results_table() + readme_tool.END in README, "run make readme"
+    assert readme_tool.BEGIN + readme_tool.results() + readme_tool.END in README, "run make readme"
     rows = readme_tool.results_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == list(readme_tool.STUDIES)

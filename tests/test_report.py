@@ -213,9 +213,10 @@ def add_tables(runs):
     trained = results.loc[results["same_as"].isna() & (results["arm"] != "unaided"), ["arm", "seed"]]
     epochs = [trained.assign(epoch=epoch, seconds=10.0 * epoch + trained["seed"]) for epoch in (1, 2)]
     save_table(pd.concat(epochs), distill / "timings.csv")
-    partitions = [("random halves", 1.0, 3, 0), ("random halves", 0.5, 1, 2), ("measures", 0.75, 2, 1)]
+    partitions = [("0", "1", "random halves", 1.0, 3, 0), ("0", "2", "random halves", 0.5, 1, 2)]
+    partitions += [("r2_cca", "linear_cka", "measures", 0.75, 2, 1)]
     save_table(
-        pd.DataFrame(partitions, columns=["between", "adjusted_rand", "shared", "largest_shift"]),
+        pd.DataFrame(partitions, columns=["a", "b", "between", "adjusted_rand", "shared", "largest_shift"]),
         cluster / "partitions.csv",
     )
 
@@ -500,7 +501,18 @@ def test_without_figures_and_newer_tables_their_sections_are_left_out(home):
     assert not page.all("figure")
     headings = [section.get("aria-labelledby") for section in page.all("section")]
     assert headings == [
-        *("answer", "setting", "results", "layers", "stability", "cost", "literature", "limits", "provenance")
+        *(
+            "answer",
+            "setting",
+            "results",
+            "hypotheses",
+            "layers",
+            "stability",
+            "cost",
+            "literature",
+            "limits",
+            "provenance",
+        )
     ]
     assert "Holm" not in text(page.root) and "Certainty of every arm against KD" not in page.source
 
