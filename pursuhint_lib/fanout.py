@@ -8,6 +8,7 @@ Neither an exit code nor what an executor says of a job decides whether it is do
 submitit's process hides how its child ended, and a Slurm without accounting forgets its jobs after minutes.
 """
 
+import contextlib
 import importlib
 import logging
 import os
@@ -114,6 +115,8 @@ class FanOut:
         """The same with every default filled in, for a stage's parameters. Raises ParameterError, one line, for what
         this machine or the stage's device does not allow.
         """
+        if self.executor == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+            raise ParameterError("EXECUTOR = 'slurm': there is no sbatch here (allowed: local; slurm where Slurm is)")
         threads = parameters.get("threads", 1) * parameters.get("processes", 1)
         cores, device = self.cores or threads, parameters.get("device", "cpu")
         if ":" in device and self.executor == "local":
@@ -305,8 +308,8 @@ class Fleet:
         # cloudpickle takes functions along by their names, so the job's process needs this code, not a copy of it.
         task = Task(job.work.do, folder, self.cwd, self.key, job.token, self.engine.driver)
         job.id = self.engine.begin(task, job.work.name)
-        save_json(attempt | {"id": job.id}, folder / ATTEMPT)
         job.state, job.tries = "running", job.tries + 1
+        save_json(attempt | {"id": job.id}, folder / ATTEMPT)
 
     # End
 
@@ -329,8 +332,7 @@ class Fleet:
             how = self.engine.way_of_end(job.id) or "killed from outside, or out of memory"
             peak = read_worker(job.work.folder, job.token).get("peak_bytes", 0)
             reason = f"it died ({f'peak memory {peak / 2**30:.1f} GB, ' if peak else ''}{how})"
-            further = job.share > job.best
-            if how == _SLURM_OVER["TIMEOUT"] and further:  # a long job in short pieces is no failure
+            if how == _SLURM_OVER["TIMEOUT"] and job.share > job.best:  # a long job in short pieces is no failure
                 job.tries -= 1
         job.best = max(job.best, job.share)
         log = short(self._log(job))
@@ -353,12 +355,12 @@ class Fleet:
             return
         first, names = failed[0], ", ".join(job.work.name for job in failed)
         left = [job.work.name for job in self.jobs if job.state == "left"]
-        raise StageFailed(
-            f"{len(failed)} of {len(self.jobs)} jobs failed ({names}): {first.work.name}: {first.end['error']}; "
-            f"log: {short(self._log(first))}"
-            + (f"; not begun, because of it: {', '.join(left)}" if left else "")
-            + "; what the others made is kept, the same command goes on"
-        )
+        text = f"job {first.work.name}: {first.end['error']}; log: {short(self._log(first))}"
+        if len(self.jobs) > 1:
+            text = f"{len(failed)} of {len(self.jobs)} jobs failed ({names}): {text}"
+            text += f"; not begun, because of it: {', '.join(left)}" if left else ""
+            text += "; what the others made is kept, the same command goes on"
+        raise StageFailed(text)
 
     # View
 
@@ -449,7 +451,9 @@ class _Local:
     def cancel(self, jobs: Sequence[tuple[str, Sequence]]) -> None:
         """End jobs, each (id, its processes as last seen)."""
         for job_id, family in jobs:
-            own = [(int(job_id), psutil.Process(int(job_id)).create_time())] if psutil.pid_exists(int(job_id)) else []
+            own = []
+            with contextlib.suppress(psutil.NoSuchProcess):
+                own = [(int(job_id), psutil.Process(int(job_id)).create_time())]
             end_family([*own, *family])
 
 
@@ -461,10 +465,8 @@ class _Slurm:
     driver = None  # a job goes on without one
 
     def __init__(self, options: FanOut, environment: Mapping[str, str]):
-        if shutil.which("srun") is None:
-            raise ParameterError("EXECUTOR = 'slurm': there is no srun here (allowed: local; slurm where Slurm is)")
         self.options, self.environment = options, environment
-        self._states: dict[str, str] | None = {}
+        self._states: dict[str, str] | None = None  # not known
         self._asked = time.monotonic()
 
     def begin(self, task: Task, name: str) -> str:

@@ -182,3 +182,17 @@ def test_a_killed_job_is_failed_for_squeue_and_unknown_for_submitit(executor, tm
     assert not job.paths.result_pickle.exists()
     assert "task 0: Killed" in job.stderr()
     assert not job.done(force_check=True) and job.state == "UNKNOWN"
+
+
+def test_the_smoke_study_in_jobs_of_slurm_ends_with_the_bytes_of_one_without(cluster, tmp_path):
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    from test_notebooks import finished, reproduce, results, shown
+
+    plain = reproduce(tmp_path / "plain")
+    said = finished(reproduce(tmp_path / "jobs", "--executor", "slurm", "--jobs", "2", "--slurm", "time=60"))
+    finished(plain)
+    assert "tried again" not in said and set(states().values()) <= {"COMPLETED", "COMPLETING"}
+    assert results(tmp_path / "jobs") == results(tmp_path / "plain")
+    assert shown(tmp_path / "jobs") == shown(tmp_path / "plain")
+    # Three jobs in 01, one in 02, two in 04, and the five notebooks.
+    assert len(list((tmp_path / "jobs" / "runs" / "smoke" / "jobs").glob("*/*/ended.json"))) == 11
