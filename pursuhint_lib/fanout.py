@@ -256,7 +256,8 @@ class Fleet:
         try:
             self._go_through(on_end, show)
         except BaseException:
-            self.engine.cancel([(job.id, self._family(job)) for job in self.jobs if job.state == "running"])
+            running = [job for job in self.jobs if job.state == "running"]
+            self.engine.cancel([(job.id, read_worker(job.work.folder, job.token).get("family", [])) for job in running])
             raise
         self._tell_of_failures()
         return {
@@ -323,15 +324,17 @@ class Fleet:
     def _close(self, job: _Job) -> None:
         """Decide whether a job that is over is done, is tried again, or has failed."""
         job.end = read_end(job.work.folder, job.token)
-        self.engine.forget(job.id, self._family(job))
+        about = read_worker(job.work.folder, job.token)
+        self.engine.forget(job.id, about.get("family", []))
+        (job.work.folder / WORKER.format(job.token)).unlink(missing_ok=True)  # so nobody looks for it any more
         if job.end and not job.end["error"]:
             job.state = "done"
             return
         reason, again = job.end.get("error"), job.end.get("again", True)
         if not job.end:
             how = self.engine.way_of_end(job.id) or "killed from outside, or out of memory"
-            peak = read_worker(job.work.folder, job.token).get("peak_bytes", 0)
-            reason = f"it died ({f'peak memory {peak / 2**30:.1f} GB, ' if peak else ''}{how})"
+            peak = f"peak memory {about['peak_bytes'] / 2**30:.1f} GB, " if about else ""
+            reason = f"it died ({peak}{how})"
             if how == _SLURM_OVER["TIMEOUT"] and job.share > job.best:  # a long job in short pieces is no failure
                 job.tries -= 1
         job.best = max(job.best, job.share)
@@ -345,9 +348,6 @@ class Fleet:
 
     def _log(self, job: _Job) -> Path:
         return job.work.folder / LOGS / f"{job.id}_0_log.out"
-
-    def _family(self, job: _Job) -> list:
-        return read_worker(job.work.folder, job.token).get("family", [])
 
     def _tell_of_failures(self) -> None:
         failed = [job for job in self.jobs if job.state == "failed"]

@@ -53,17 +53,19 @@ def run_task(task: Task) -> None:
     watch.start()  # first, and the token after it: of two jobs that begin at the same time one sees the other
     if read_attempt(task.folder).get("token") != task.token:
         print("another job has taken this one's place: nothing is done")
+        watch.stop()
+        (task.folder / WORKER.format(task.token)).unlink()
         return
     started = time.time()
     ended: dict[str, Any] = {"token": task.token, "key": task.key, "error": "", "again": False, "kept": []}
     try:
         os.chdir(task.cwd)
-        ended["kept"] = [str(path.resolve().relative_to(home())) for path in task.work()]
+        ended["kept"] = [os.path.relpath(path, home()) for path in task.work()]
     except BaseException as error:
         traceback.print_exc()
         kind = "" if isinstance(error, StageFailed) else f"{type(error).__name__}: "
         ended |= {"error": kind + first_line(error), "again": may_mend(error)}
-    watch.look()
+    watch.stop()
     ended |= {"seconds": round(time.time() - started, 1), "peak_bytes": watch.peak_bytes}
     save_json(ended, task.folder / ENDED)
 
@@ -115,13 +117,18 @@ class _Watch:
     """Looks once a second, from a thread: who belongs to this job, how much memory they hold, is the driver there?"""
 
     def __init__(self, task: Task):
-        self.task, self.peak_bytes = task, 0
+        self.task, self.peak_bytes, self._over = task, 0, False
         self._me = psutil.Process()
         self._told: tuple[list, int] = ([], 0)
 
     def start(self) -> None:
         self.look()
         threading.Thread(target=self._go_on, name="watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """Look for the last time."""
+        self._over = True
+        self.look()
 
     def look(self) -> None:
         """Note the family and the memory; say so when either is news."""
@@ -140,14 +147,15 @@ class _Watch:
             save_json(about, self.task.folder / WORKER.format(self.task.token))
 
     def _go_on(self) -> None:
-        while True:
+        while not self._over:
             time.sleep(1)
             if self.task.driver and not is_alive(*self.task.driver):
                 print("the driver is gone: this job ends, too", flush=True)
                 end_family([[one.pid, one.create_time()] for one in self._me.children(recursive=True)])
                 os._exit(1)
             try:
-                self.look()
+                if not self._over:
+                    self.look()
             except OSError:  # a full disk: the job itself will say so
                 continue
 
