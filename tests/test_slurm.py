@@ -19,12 +19,18 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import fanout_works
 import psutil
 import pytest
 import slurm_on_loopback
 from slurm_on_loopback import environment, slurm, slurm_missing
+
+from pursuhint_lib.execution import StageFailed
+from pursuhint_lib.fanout import FanOut, Fleet, Work, settle
+from pursuhint_lib.storage import REPOSITORY
 
 pytestmark = pytest.mark.skipif(bool(slurm_missing()), reason=slurm_missing())
 
@@ -182,6 +188,69 @@ def test_a_killed_job_is_failed_for_squeue_and_unknown_for_submitit(executor, tm
     assert not job.paths.result_pickle.exists()
     assert "task 0: Killed" in job.stderr()
     assert not job.done(force_check=True) and job.state == "UNKNOWN"
+
+
+def fleet_of(root, monkeypatch, say):
+    """A fleet of two jobs at a time, whose processes find this folder's modules, and its works: (name, fault)."""
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    monkeypatch.setenv("PURSUHINT_HOME", str(root))
+    also = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    path = os.pathsep.join([str(Path(__file__).parent), str(REPOSITORY), *also])
+    environment = {"PYTHONPATH": path, "PURSUHINT_HOME": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "7"}
+    options = FanOut("slurm", 2, 1, 0, {"time": "10", "mem": "300M"})
+    return Fleet(options, "key", environment, root, say, lambda: None)
+
+
+def works_of(root, **faults):
+    folders = {name: root / "jobs" / name for name in faults}
+    return [
+        Work(name, partial(fanout_works.write, name, faults[name], root), folder, folder)
+        for name, folder in folders.items()
+    ]
+
+
+def test_a_killed_job_is_begun_again_and_one_that_sbatch_refuses_is_one_line(cluster, tmp_path, monkeypatch):
+    said, ended = [], []
+    fleet = fleet_of(tmp_path, monkeypatch, said.append)
+    works = works_of(tmp_path, good="", dies_once="killed once")
+    fleet.run(works, {}, lambda work: ended.append(work.name), lambda beat, lines: None)
+    assert sorted(ended) == ["dies_once", "good"] and len(said) == 1
+    assert said[0].startswith("job dies_once: it died (") and "killed from outside, or out of memory" in said[0]
+    assert Path(said[0].rpartition("log: ")[2].rstrip(")")).exists()
+    assert (tmp_path / "good.txt").read_text().split()[:3] == ["7", "1", tmp_path.name]
+
+    fleet.options.slurm["partition"] = "nowhere"
+    with pytest.raises(StageFailed, match=r"^sbatch refused the job wrong: .*partition"):
+        fleet.run(works_of(tmp_path, wrong=""), {}, print, print)
+
+
+def test_the_job_of_a_driver_that_is_gone_is_taken_over_or_cancelled(cluster, tmp_path, monkeypatch):
+    said, folder = [], tmp_path / "runs/s/jobs/04/waits"
+    fleet = fleet_of(tmp_path, monkeypatch, said.append)
+    work = Work("waits", partial(fanout_works.wait_with_a_child, folder), folder, folder)
+
+    def die(beat, lines):
+        if (folder / "pids").exists():
+            raise KeyError("a driver that is killed cancels nothing")
+
+    cancel = fleet.engine.cancel
+    monkeypatch.setattr(fleet.engine, "cancel", lambda jobs: None)
+    with pytest.raises(KeyError):
+        fleet.run([work], {}, print, die)
+    (number,) = [number for number, state in states().items() if state == "RUNNING"]
+    adopted = settle("s", "04", "key", said.append)
+    assert adopted["waits"]["id"] == number and "waiting for it" in said[0]
+
+    def stop(beat, lines):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fleet.engine, "cancel", cancel)
+    with pytest.raises(KeyboardInterrupt):
+        fleet.run([work], adopted, print, stop)
+    wait_until(lambda: states()[number] == "CANCELLED", "the job is cancelled")
+    for pid in map(int, (folder / "pids").read_text().split()):
+        wait_until(lambda pid=pid: not psutil.pid_exists(pid), "its processes have ended")
+    assert settle("s", "04", "key", said.append) == {}
 
 
 def test_the_smoke_study_in_jobs_of_slurm_ends_with_the_bytes_of_one_without(cluster, tmp_path):
