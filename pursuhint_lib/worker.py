@@ -6,6 +6,7 @@ over. A job that left no ENDED died. Every file names the attempt by a token, so
 late, for a driver that is no more, sees that another one has taken its place.
 """
 
+import contextlib
 import errno
 import os
 import signal
@@ -47,7 +48,7 @@ class Task:
 
 def run_task(task: Task) -> None:
     """Do a job and leave ENDED. Raises nothing: what went wrong stands there, and whole in the log."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would go on; what is finished is on the disk already
+    signal.signal(signal.SIGTERM, _leave)  # submitit would go on; what is finished is on the disk already
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's word that time is running out
     watch = _Watch(task)
     watch.start()  # first, and the token after it: of two jobs that begin at the same time one sees the other
@@ -113,6 +114,15 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
+def _leave(signum: int, _frame: Any) -> None:
+    """End at once, with all children, those in sessions of their own as well."""
+    children = []
+    with contextlib.suppress(psutil.Error):
+        children = [[one.pid, one.create_time()] for one in psutil.Process().children(recursive=True)]
+    end_family(children)
+    os._exit(128 + signum)
+
+
 class _Watch:
     """Looks once a second, from a thread: who belongs to this job, how much memory they hold, is the driver there?"""
 
@@ -151,8 +161,7 @@ class _Watch:
             time.sleep(1)
             if self.task.driver and not is_alive(*self.task.driver):
                 print("the driver is gone: this job ends, too", flush=True)
-                end_family([[one.pid, one.create_time()] for one in self._me.children(recursive=True)])
-                os._exit(1)
+                _leave(signal.SIGTERM, None)
             try:
                 if not self._over:
                     self.look()
