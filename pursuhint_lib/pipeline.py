@@ -1,6 +1,7 @@
 """Notebooks in order, headless.
 
     python -m pursuhint_lib.pipeline reproduce STUDY [--force]    run what is not there yet, end with a verdict
+                                    [--executor local|slurm ...]  independent work in jobs, see `fanout`
     python -m pursuhint_lib.pipeline status STUDY                 where the study stands; runs nothing
     python -m pursuhint_lib.pipeline check STUDY                  is params/STUDY.yaml fit to run? runs nothing
 

@@ -170,10 +170,13 @@ class _Watch:
 
 
 def is_alive(pid: int, created: float) -> bool:
-    """Whether the process with this number and start still runs; a number may be used again."""
+    """Whether the process with this number and start still runs; a number may be used again.
+
+    Starts are told by the clock, which may have been set meanwhile: two seconds apart is the same.
+    """
     try:
         process = psutil.Process(pid)
-        return abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        return abs(process.create_time() - created) <= 2 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
