@@ -555,7 +555,7 @@ def settle(study: str, stage: str, key: str, say: Callable[[str], None]) -> dict
                     adopted[folder.name] = {"id": number, "token": token}
                     continue
                 _end_slurm_jobs([number], folder, say)
-        path.unlink()  # a job that has not begun yet finds no token of its own and does nothing
+        path.unlink(missing_ok=True)  # a job that has not begun yet finds no token of its own and does nothing
         end_workers(folder, say)
     return adopted
 

@@ -46,10 +46,10 @@ def wait_with_a_child(folder):
     child.wait()
 
 
-def drive(root, stop=lambda: None, show=lambda heartbeat, lines: None):
-    """A driver of one job that never ends."""
-    work = Work("waits", partial(wait_with_a_child, root / "job"), root / "job", root / "job")
-    fleet = Fleet(FanOut("local", 1, 1, 0), "key", {"PYTHONPATH": os.environ["PYTHONPATH"]}, root, print, stop)
+def drive(folder, stop=lambda: None, show=lambda heartbeat, lines: None):
+    """A driver of one job, in `folder`, that never ends."""
+    work = Work("waits", partial(wait_with_a_child, folder), folder, folder)
+    fleet = Fleet(FanOut("local", 1, 1, 0), "key", {"PYTHONPATH": os.environ["PYTHONPATH"]}, Path.cwd(), print, stop)
     fleet.run([work], {}, lambda work: None, show)
 
 

@@ -162,7 +162,7 @@ def test_jobs_that_die_are_tried_once_more_the_others_run_to_their_end_and_nothi
 
 
 def until(reached, what):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not reached():
         assert time.monotonic() < end, f"not reached: {what}"
         time.sleep(0.05)
@@ -180,7 +180,7 @@ def test_a_stopped_driver_ends_its_jobs_with_their_children_and_shows_how_far_th
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fanout_works.drive(paths, stop, lambda beat, lines: seen.append((beat, lines)))
+        fanout_works.drive(paths / "job", stop, lambda beat, lines: seen.append((beat, lines)))
     assert not any(alive(int(pid)) for pid in (paths / "job/pids").read_text().split())
     beat, (line,) = seen[-1]
     assert (beat["done"], beat["total"], beat["text"]) == (25, 100, "0 of 1 jobs done, 1 running")
@@ -190,9 +190,7 @@ def test_a_stopped_driver_ends_its_jobs_with_their_children_and_shows_how_far_th
 @pytest.mark.parametrize("victim", ["the driver alone", "the driver, and the job before it could say a word"])
 def test_jobs_of_a_killed_driver_end_by_themselves_or_by_the_next_one(paths, victim):
     folder = run_folder("s", "jobs/04/waits")
-    code = f"import pathlib, fanout_works; fanout_works.drive(pathlib.Path({str(folder.parent)!r}))"
-    code = code.replace("fanout_works.drive(", "fanout_works.drive(root=")
-    (folder.parent / "job").symlink_to(folder)
+    code = f"import pathlib, fanout_works; fanout_works.drive(pathlib.Path({str(folder)!r}))"
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=TESTS, stdout=subprocess.DEVNULL)
     try:
         until((folder / "pids").exists, "the job waits")
