@@ -20,10 +20,10 @@ def write(name, fault, folder):
     """Write a file, unless the fault has it otherwise; each try leaves a line in <name>.tries."""
     with open(folder / f"{name}.tries", "a") as tries:
         tries.write(f"{os.getpid()}\n")
-    first = len((folder / f"{name}.tries").read_text().split()) == 1
-    if fault == "killed" or (fault == "killed once" and first):
+    number = len((folder / f"{name}.tries").read_text().split())
+    if fault == "killed" or (fault == "killed once" and number == 1):
         os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "device" and first:
+    if fault == "device" and number == 2:
         raise RuntimeError("CUDA error\nmore of it")
     if fault == "wrong":
         raise ValueError("learning_rate = -1: should be more than 0")
