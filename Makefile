@@ -2,6 +2,11 @@
 
 STUDY = digits
 FORCE =
+EXECUTOR =
+JOBS =
+JOB_CORES =
+JOB_GPUS =
+SLURM =
 ARM =
 SEED =
 DATA =
@@ -30,13 +35,20 @@ help: ## explain the targets
 	@echo
 	@echo "  STUDY=name    a file of params/, without .yaml     make reproduce STUDY=cifar100_quick"
 	@echo "  FORCE=1       run finished stages again            make reproduce FORCE=1"
+	@echo "  EXECUTOR=     local or slurm: train in jobs        make reproduce EXECUTOR=local JOBS=2"
+	@echo "  JOBS=number   at most so many jobs at a time"
+	@echo "  JOB_CORES=    CPU cores of a job; the study's threads, if not given"
+	@echo "  JOB_GPUS=     GPUs of a job; one where the study asks for a GPU, if not given"
+	@echo "  SLURM='...'   options of sbatch                    make reproduce EXECUTOR=slurm SLURM='time=600'"
 	@echo "  ARM=, SEED=   which student to export              make export ARM=kd SEED=0"
 	@echo "  DATA=folder   where the images lie                 make reproduce STUDY=cifar100_quick DATA=/data"
 	@echo "  ARGS='...'    handed to test, lab, ui and bench    make test ARGS='-k hints'"
 	@echo "  PYTHON=path   the Python to set up with (3.11 to 3.14)"
 
-reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA)
-	@exec .venv/bin/python -m pursuhint_lib.pipeline reproduce "$(STUDY)" $(if $(filter-out 0 no false,$(FORCE)),--force)
+reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA, EXECUTOR, JOBS ...)
+	@exec .venv/bin/python -m pursuhint_lib.pipeline reproduce "$(STUDY)" $(if $(filter-out 0 no false,$(FORCE)),--force) \
+	  $(if $(EXECUTOR),--executor="$(EXECUTOR)") $(if $(JOBS),--jobs="$(JOBS)") \
+	  $(if $(JOB_CORES),--cores="$(JOB_CORES)") $(if $(JOB_GPUS),--gpus="$(JOB_GPUS)") $(if $(SLURM),--slurm="$(SLURM)")
 
 export: ready ## write a student as files that run without this project (STUDY, ARM, SEED, DATA)
 	@exec .venv/bin/python -m pursuhint_lib.export "$(STUDY)" $(if $(ARM),--arm="$(ARM)") $(if $(SEED),--seed="$(SEED)")

@@ -7,12 +7,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from pursuhint_lib.arms import check_trained, train_and_keep, training_key
+from pursuhint_lib.arms import check_trained, kept_file, train_and_keep, training_key
 from pursuhint_lib.learners import Supervised
+from pursuhint_lib.models import load_model
 from pursuhint_lib.params import TrainTeacher
 from pursuhint_lib.pretrained import keep_pretrained, load_weights
 from pursuhint_lib.progress import Progress
 from pursuhint_lib.study import StudyImages, fixed_batches, fresh_network, training_batches, training_facts
+from pursuhint_lib.tracking import SpooledRun, StageRun
 from pursuhint_lib.training import Schedule, torch_threads
 
 
@@ -103,6 +105,20 @@ class Baselines:
                 check_trained(history, "learning_rate")
                 histories.append(history)
         return pd.concat(histories, ignore_index=True)
+
+    def log(self, run: StageRun | SpooledRun, folder: Path, histories: pd.DataFrame) -> None:
+        """The images, and a child run in MLflow for every network of these histories, as `folder` keeps it."""
+        for name, of_set in self.images.facts()["sets"].items():
+            run.log_dataset(f"{self.params.data} {name}", of_set["digest"], name)
+        for row in histories[["arm", "seed"]].drop_duplicates().itertuples():
+            network = self.params.student if row.arm == "unaided" else self.params.teacher
+            run.log_trained_model(
+                arm=row.arm,
+                seed=row.seed,
+                history=histories,
+                params={"network": network, "method": row.arm, "strategy": "none"},
+                key=load_model(kept_file(folder, row.arm, row.seed))[1]["key"],
+            )
 
     def _validation(self):
         return fixed_batches(self.params, self.images, "validation", self.device)

@@ -28,6 +28,10 @@ class StageFailed(RuntimeError):
     """A stage did not end well. The text is one line: stage, cell, error, where the notebook is kept."""
 
 
+class KernelDied(StageFailed):
+    """The notebook's process ended in the middle of a cell."""
+
+
 class Execution:
     """A notebook, executed by papermill in a second thread."""
 
@@ -99,7 +103,7 @@ class Execution:
                 if self.peak_bytes
                 else "peak memory unknown"
             )
-            raise StageFailed(
+            raise KernelDied(
                 f"{stage}: the kernel died in cell {cell} ({peak}): "
                 f"likely out of memory, or killed from outside{self._kept()}"
             )
@@ -180,6 +184,25 @@ class Execution:
             coalesce_streams=True,
             extra_arguments=["--log-level=50"],  # ipykernel remarks on its local TCP and on being stopped
         )
+
+
+def run_notebook(
+    stage: records.Stage, notebook: Path, folder: Path, parameters: Mapping[str, Any], environment: Mapping[str, str]
+) -> list[Path]:
+    """Execute a notebook to its end and leave it, executed, in the stage's folder: what a driver does here, done by a
+    process elsewhere. Returns its file. Raises StageFailed.
+
+    A stage that cannot go on from what an earlier try has left begins in an empty folder.
+    """
+    if not stage.resumes:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    execution = Execution(notebook, folder, parameters, environment)
+    execution.start()
+    while not execution.wait(1):
+        execution.look()
+    execution.result(stage.name)
+    return [folder / records.RUNNING]
 
 
 def kernel_environment(threads: int | None) -> dict[str, str]:

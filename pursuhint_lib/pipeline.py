@@ -1,6 +1,7 @@
 """Notebooks in order, headless.
 
     python -m pursuhint_lib.pipeline reproduce STUDY [--force]    run what is not there yet, end with a verdict
+                                    [--executor local|slurm ...]  independent work in jobs, see `fanout`
     python -m pursuhint_lib.pipeline status STUDY                 where the study stands; runs nothing
     python -m pursuhint_lib.pipeline check STUDY                  is params/STUDY.yaml fit to run? runs nothing
 
@@ -26,13 +27,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pursuhint_lib import records
-from pursuhint_lib.execution import Execution, StageFailed, copy_whole, kernel_environment, publish
+from pursuhint_lib.execution import Execution, StageFailed, copy_whole, kernel_environment, publish, run_notebook
+from pursuhint_lib.fanout import FanOut, Fleet, Work, settle
+from pursuhint_lib.jobs import Job, checkpoint_of, job_folder, jobs_of, run_job
 from pursuhint_lib.live import LiveLine, stage_line, study_seconds_left
 from pursuhint_lib.params import (
     PARAMS_FOLDER,
@@ -43,7 +47,7 @@ from pursuhint_lib.params import (
     nearest,
     study_file,
 )
-from pursuhint_lib.progress import duration, read_progress
+from pursuhint_lib.progress import duration, read_progress, write_progress
 from pursuhint_lib.provenance import hardware, source_state, versions
 from pursuhint_lib.records import Stage
 from pursuhint_lib.status import (
@@ -129,7 +133,8 @@ STAGES = (
     ),
 )
 RESULTS = "results.csv"  # of the last stage: what the verdict looks at
-SPOOL = ".mlflow-spool.jsonl"  # in a stage's folder: what its notebook wants logged
+SPOOL = ".mlflow-spool.jsonl"  # in a stage's folder: what its notebook wants logged; in a job's: what the job does
+NOTEBOOK = "notebook"  # the job that executes a stage's notebook
 PREVIOUS = "previous"  # runs/<study>/previous/: tables and records that the verdict compares with
 SHOWN = "shown.json"  # in runs/<study>/: sha256 of the files of its report, so that a changed one is made again
 SET_ASIDE = "set_aside"
@@ -161,6 +166,8 @@ class Sources:
     load: Callable[[Path], Mapping[str, Any]] = load_params
     check: Callable[[Mapping[str, Any], str], None] = check_names
     images: Callable[[Mapping[str, Any]], str] = _images  # a part of the first stage's key
+    jobs: Callable[[str, Mapping[str, Any]], list[Job]] = jobs_of  # what an executor is given before the notebook
+    run_job: Callable[[Job, Mapping[str, Any], Path, Path], list[Path]] = run_job
     report: Callable[[str], Any] | None = _write_report  # the page, made again when all records are there
 
     def notebook(self, stage: Stage) -> Path:
@@ -196,12 +203,22 @@ def main(arguments: list[str] | None = None, sources: Sources | None = None) -> 
             command.add_argument(
                 "--force", action="store_true", help="run every notebook again and train every model again"
             )
+            for option, help_text in (
+                ("--executor", "run independent work as jobs: local (processes here) or slurm"),
+                ("--jobs", "at most so many jobs at a time"),
+                ("--cores", "CPU cores of a job; the study's threads, if not given"),
+                ("--gpus", "GPUs of a job; one where the study asks for a GPU, if not given"),
+                ("--slurm", "options of sbatch, for example 'partition=gpu time=600'"),
+            ):
+                command.add_argument(option, default="", help=help_text)
     options = parser.parse_args(arguments)
     sources = sources or Sources()
     with _signals() as stop:
         try:
             if options.verb == "reproduce":
-                reproduce(options.study, force=options.force, sources=sources, stop=stop)
+                asked = (options.executor, options.jobs, options.cores, options.gpus, options.slurm)
+                fan_out = FanOut.of_options(*asked)
+                reproduce(options.study, force=options.force, sources=sources, stop=stop, fan_out=fan_out)
             elif options.verb == "status":
                 print(describe(options.study, sources))
             else:
@@ -226,14 +243,18 @@ def check(study: str, sources: Sources) -> str:
     return f"{file}: fit to run"
 
 
-def reproduce(study: str, *, force: bool, sources: Sources, stop: "_StopFlag") -> None:
+def reproduce(study: str, *, force: bool, sources: Sources, stop: "_StopFlag", fan_out: FanOut | None = None) -> None:
     """Run the stages of a study that are not there yet and print what came of it.
 
-    Raises ParameterError, StageFailed, StudyBusy, Stopped, and what the system raises (a full disk).
+    fan_out: how independent work is run as jobs; None for one notebook after the other. Raises ParameterError,
+    StageFailed, StudyBusy, Stopped, and what the system raises (a full disk).
     """
     params, file = _parameters(study, sources)
+    if fan_out:
+        for stage in sources.stages:
+            fan_out.for_stage(params[stage.name].model_dump())
     with study_lock(study):
-        Driver(study, params, file, sources, stop).run(force)
+        Driver(study, params, file, sources, stop, fan_out).run(force)
 
 
 def describe(study: str, sources: Sources) -> str:
@@ -306,8 +327,17 @@ def _inputs(stage: Stage, params: Mapping[str, Any], sources: Sources, earlier: 
 class Driver:
     """One run of one study, under the study's lock."""
 
-    def __init__(self, study: str, params: Mapping[str, Any], file: str, sources: Sources, stop: "_StopFlag"):
+    def __init__(
+        self,
+        study: str,
+        params: Mapping[str, Any],
+        file: str,
+        sources: Sources,
+        stop: "_StopFlag",
+        fan_out: FanOut | None = None,
+    ):
         self.study, self.params, self.file, self.sources, self.stop = study, params, file, sources, stop
+        self.fan_out = fan_out
         self.live = LiveLine()
         self.status = read_status(study)
         self.past: dict[str, float] = dict(self.status.get("seconds", {}))  # what stages took, for the forecast
@@ -423,9 +453,15 @@ class Driver:
     def _run_stage(self, stage: Stage, place: str, reason: str, old: dict | None, to_redo: list[str]) -> dict:
         folder = run_folder(self.study, stage.name)
         inputs = _inputs(stage, self.params, self.sources, self.records)
+        key, forced = records.key_of(inputs), stage.name in to_redo
+        parameters = self.params[stage.name].model_dump(mode="json")
+        fan_out = self.fan_out.for_stage(parameters) if self.fan_out else None
         self.live.say(f"{place} {stage.name} ({reason})")
-        self._clear(stage, folder, old, forced=stage.name in to_redo)
-        if stage.name in to_redo:
+        goes_on = fan_out is not None and fan_out.executor == "slurm" and not forced
+        at_work = settle(self.study, stage.name, key if goes_on else "", self.live.say)
+        self._clear(stage, folder, old, forced=forced, at_work=at_work)
+        if forced:
+            shutil.rmtree(run_folder(self.study, f"jobs/{stage.name}"))
             to_redo.remove(stage.name)
         started = time.time()
         self._save_status(
@@ -434,15 +470,27 @@ class Driver:
         tracking = _tracking()
         source = source_state(REPOSITORY)
         experiment_id = tracking.open_experiment(self.study)
-        parameters = self.params[stage.name].model_dump(mode="json")
         tags = {"lock": inputs["lock"]} | ({"threads": parameters["threads"]} if "threads" in parameters else {})
         run_id = tracking.create_run(self.study, stage.name, tags=tags, params=parameters)
         spool = folder / SPOOL
         environment = kernel_environment(parameters.get("threads"))
-        environment |= tracking.environment(experiment_id, run_id, spool)
-        execution = Execution(self.sources.notebook(stage), folder, parameters, environment)
+        if fan_out and fan_out.executor == "local" and not fan_out.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # what jobs do not see would make another result in the notebook
+        of_notebook = environment | tracking.environment(experiment_id, run_id, spool)
+        how = {}
         try:
-            notebook = self._watch(stage, place, started, execution)
+            if fan_out:
+                fleet = partial(Fleet, fan_out, key, say=self.live.say, check_stop=self.stop.check)
+                jobs = self._fan_out(stage, place, started, fleet(environment, self.sources.notebooks), at_work, run_id)
+                how["fan_out"] = {name: getattr(fan_out, name) for name in ("executor", "jobs", "cores", "gpus")}
+                how["fan_out"]["ran"] = jobs
+            if fan_out and fan_out.notebooks_too:
+                fleet = fleet(environment, Path.cwd())
+                notebook, peak_gb = self._execute_apart(stage, place, started, fleet, at_work, of_notebook)
+            else:
+                execution = Execution(self.sources.notebook(stage), folder, parameters, of_notebook)
+                notebook = self._watch(stage, place, started, execution)
+                peak_gb = round(execution.peak_bytes / 2**30, 2)
             publish(notebook, folder, report_folder(self.study, "notebooks") / f"{stage.name}.ipynb")
             outputs = records.outputs_of(stage, folder)
         except BaseException as error:
@@ -467,27 +515,34 @@ class Driver:
             "versions": versions(),
             "hardware": hardware(),
             "threads": parameters.get("threads"),
-            "peak_memory_gb": round(execution.peak_bytes / 2**30, 2),
+            "peak_memory_gb": peak_gb,
             "started": stamp(started),
             "ended": stamp(time.time()),
             "seconds": round(seconds, 1),
-        }
+        } | how
         save_json(record, folder / records.RECORD)  # last: from here on the stage is done
         self._save_status(stage=stage.name, progress="", kernel=None)
         self.live.say(f"{place} {stage.name}: done in {duration(time.time() - started)}")
         return record
 
-    def _clear(self, stage: Stage, folder: Path, old: dict | None, *, forced: bool) -> None:
-        """Make the stage's folder ready: empty, or with what the notebook itself can go on from."""
+    def _clear(
+        self, stage: Stage, folder: Path, old: dict | None, *, forced: bool, at_work: Collection[str] = ()
+    ) -> None:
+        """Make the stage's folder ready: empty, or with what the notebook itself can go on from.
+
+        at_work: jobs of an earlier driver that write there now.
+        """
         (folder / records.RECORD).unlink(missing_ok=True)
+        if NOTEBOOK in at_work:
+            return
         if forced or not stage.resumes:
             shutil.rmtree(folder)
             folder.mkdir()
             return
         for name in ("progress.json", records.FAILED, records.RUNNING, SPOOL):  # the notebook spools everything again
             (folder / name).unlink(missing_ok=True)
-        for partial in folder.rglob(".*.partial*"):  # of a killed writer
-            partial.unlink(missing_ok=True)
+        for unfinished in folder.rglob(".*.partial*") if not at_work else ():  # of a killed writer
+            unfinished.unlink(missing_ok=True)
         for name in records.changed_outputs(old["outputs"], folder) if old else ():
             if (folder / name).exists():
                 aside = run_folder(self.study, SET_ASIDE) / stage.name / name
@@ -495,11 +550,64 @@ class Driver:
                 os.replace(folder / name, aside)
                 self.live.say(f"{name} is not what was recorded: moved to {short(aside)}, made again")
 
+    def _fan_out(
+        self, stage: Stage, place: str, started: float, fleet: Fleet, at_work: Mapping[str, dict], run_id: str
+    ) -> dict[str, dict[str, float]]:
+        """Have the stage's jobs done, so that its notebook finds their work; each is logged as soon as it is over.
+
+        Returns seconds and memory of each. Raises StageFailed or Stopped.
+        """
+        parameters = self.params[stage.name].model_dump(mode="json")
+        tracking, works = _tracking(), []
+        for job in self.sources.jobs(stage.name, parameters):
+            own = job_folder(self.study, job)
+            work = partial(self.sources.run_job, job, parameters, own, own / SPOOL)
+            works.append(Work(job.name, work, own, heartbeat=own, alone=checkpoint_of(job, parameters)))
+        folder, _ = folders(self.study, stage.name)
+
+        def log(work: Work) -> None:
+            try:
+                tracking.ingest(work.folder / SPOOL, tracking.StageRun(self.study, stage.name, run_id))
+            except tracking.TrackingError as error:  # the notebook logs the same again
+                self.live.say(f"warning: {error}")
+
+        def show(heartbeat: dict[str, Any], lines: list[str]) -> None:
+            write_progress(folder, heartbeat)
+            self._draw(stage, place, started, heartbeat, lines)
+
+        done = fleet.run(works, at_work, log, show)
+        self.live.clear()
+        (folder / "progress.json").unlink(missing_ok=True)  # from here on it is the notebook's
+        return done
+
+    def _execute_apart(
+        self,
+        stage: Stage,
+        place: str,
+        started: float,
+        fleet: Fleet,
+        at_work: Mapping[str, dict],
+        environment: Mapping[str, str],
+    ) -> tuple[Any, float]:
+        """Have the notebook executed by a job. Returns it and the memory that it took, in GB. Raises StageFailed or
+        Stopped.
+        """
+        import nbformat
+
+        folder, _ = folders(self.study, stage.name)
+        parameters = self.params[stage.name].model_dump(mode="json")
+        work = partial(run_notebook, stage, self.sources.notebook(stage), folder, parameters, environment)
+        own = run_folder(self.study, f"jobs/{stage.name}/{NOTEBOOK}")
+
+        def show(_heartbeat: dict[str, Any], lines: list[str]) -> None:
+            self._draw(stage, place, started, read_progress(folder), lines)
+
+        done = fleet.run([Work(NOTEBOOK, work, own, heartbeat=folder)], at_work, lambda _: None, show)
+        self.live.clear()
+        return nbformat.read(folder / records.RUNNING, as_version=4), done[NOTEBOOK]["peak_memory_gb"]
+
     def _watch(self, stage: Stage, place: str, started: float, execution: "Execution") -> dict:
         """Wait for the notebook, drawing the live line. Returns it executed; raises StageFailed or Stopped."""
-        names = [one.name for one in self.sources.stages]
-        later = names[names.index(stage.name) + 1 :]
-        shares = {one.name: one.share for one in self.sources.stages}
         execution.start()
         kernel = None
         while not execution.wait(0.2):
@@ -510,11 +618,19 @@ class Driver:
             if execution.kernel != kernel:
                 kernel = execution.kernel
                 self._save_status(kernel=kernel)
-            heartbeat, now = read_progress(execution.folder), time.time()
-            left, study_left = study_seconds_left(stage.name, later, now - started, heartbeat, self.past, shares, now)
-            self.live.draw(stage_line(place, stage.name, heartbeat, left, study_left))
+            self._draw(stage, place, started, read_progress(execution.folder))
         self.live.clear()
         return execution.result(stage.name)
+
+    def _draw(
+        self, stage: Stage, place: str, started: float, heartbeat: Mapping[str, Any] | None, lines: Sequence[str] = ()
+    ) -> None:
+        """The stage's live line, and one for each of its jobs."""
+        names = [one.name for one in self.sources.stages]
+        later = names[names.index(stage.name) + 1 :]
+        shares, now = {one.name: one.share for one in self.sources.stages}, time.time()
+        left, study_left = study_seconds_left(stage.name, later, now - started, heartbeat, self.past, shares, now)
+        self.live.draw("\n".join([stage_line(place, stage.name, heartbeat, left, study_left), *lines]))
 
     def _tell_of_end(self, error: BaseException) -> None:
         """Tell the truth after an error or a signal; a status that cannot be written must not hide the error."""

@@ -7,7 +7,9 @@ leaves a heartbeat, ``progress.json``, from which `pipeline` draws its live line
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def duration(seconds: float) -> str:
@@ -63,7 +65,6 @@ class Progress:
         print(f"{self.what} {self.done}/{self.total} · {text} · {end}", flush=True)
 
     def _write(self, text: str) -> None:
-        # Renamed but not flushed to disk: a reader sees whole files, and a heartbeat must not cost a disk's latency.
         state = {
             "done": self.done,
             "total": self.total,
@@ -72,9 +73,15 @@ class Progress:
             "updated": time.time(),
             "eta_s": self.eta_s(),
         }
-        temporary = self.path.with_name(f".progress.{os.getpid()}.partial.json")
-        temporary.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_progress(self.path.parent, state)
+
+
+def write_progress(folder: Path, heartbeat: Mapping[str, Any]) -> None:
+    """Leave a heartbeat in `folder`, in the form that `Progress` describes."""
+    # Renamed but not flushed to disk: a reader sees whole files, and a heartbeat must not cost a disk's latency.
+    temporary = folder / f".progress.{os.getpid()}.partial.json"
+    temporary.write_text(json.dumps(heartbeat, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, folder / "progress.json")
 
 
 def read_progress(folder: Path) -> dict | None:

@@ -247,7 +247,8 @@ def _curve(history: pd.DataFrame, finals: bool) -> list[tuple[str, float, float,
 def _identity(
     study: str, stage: str, arm: str, seed: int, key: str, metrics: list[tuple[str, float, float, int]]
 ) -> str:
-    content = [study, stage, arm, seed, key, [(name, value, step) for name, value, _, step in metrics]]
+    # Sorted: the order of columns depends on which other models a history tells of.
+    content = [study, stage, arm, seed, key, sorted((name, step, value) for name, value, _, step in metrics)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -80,7 +80,8 @@ def test_the_smoke_study_uses_every_section():
 
 def reproduce(home, *options):
     """Start the smoke study below `home`, as a process group of its own."""
-    environment = os.environ | {"PURSUHINT_HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    also = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = os.environ | {"PURSUHINT_HOME": str(home), "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *also])}
     command = [sys.executable, "-m", "pursuhint_lib.pipeline", "reproduce", "smoke", *options]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -185,6 +186,44 @@ def test_killed_in_04_it_goes_on_where_it_was_and_ends_with_the_same_bytes(study
     assert "killed during 04_distill_students" in said
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     assert results(home) == expected
+
+
+def shown(home):
+    """Bytes of all tables of a report, but for what the clock measured and what names runs."""
+    tables, volatile = (
+        (home / "reports" / "smoke" / "tables").glob("*.csv"),
+        ("seconds.csv", "speed.csv", "provenance.csv"),
+    )
+    return {table.name: table.read_bytes() for table in tables if table.name not in volatile}
+
+
+def test_by_jobs_of_which_one_is_killed_it_ends_with_the_same_bytes_and_logs_every_network_once(
+    study, tmp_path, monkeypatch
+):
+    expected, home = study[0], tmp_path
+    process = reproduce(home, "--executor", "local", "--jobs", "2")
+    job = home / "runs" / "smoke" / "jobs" / "04_distill_students" / "students-s1"
+    networks = home / "runs" / "smoke" / "04_distill_students" / "networks"
+    while not (job / "progress.json").exists() or json.loads((job / "progress.json").read_text())["done"] == 0:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    kept = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in networks.glob("[!.]*.safetensors")}
+    (about,) = job.glob("worker.*.json")
+    os.kill(json.loads(about.read_text())["family"][0][0], signal.SIGKILL)
+    said = finished(process)
+    assert said.count("tried again") == 1 and "job students-s1: it died (peak memory " in said
+    assert kept == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in kept}
+    assert results(home) == results(expected) and shown(home) == shown(expected)
+
+    monkeypatch.setenv("PURSUHINT_HOME", str(home))
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("pursuhint-smoke").experiment_id], max_results=1000)
+    models = [(run.data.tags["arm"], run.data.tags["seed"]) for run in runs if "arm" in run.data.tags]
+    assert len(models) == len(set(models)) == len(list(home.glob("runs/smoke/0*/networks/*.safetensors")))
+    record = json.loads((home / "runs" / "smoke" / "02_profile_layers" / "record.json").read_text())
+    assert list(record["fan_out"]["ran"]) == ["teacher_1"]
 
 
 def test_forced_it_runs_again_and_says_that_it_is_the_same(study):
