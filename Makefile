@@ -1,6 +1,8 @@
 # PURSUhInT: `make` explains the targets. Each one sets up .venv by itself when it has to.
 
 STUDY = digits
+GRID =
+JOBS =
 FORCE =
 ARM =
 SEED =
@@ -29,14 +31,21 @@ help: ## explain the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  STUDY=name    a file of params/, without .yaml     make reproduce STUDY=cifar100_quick"
+	@echo "  GRID=, JOBS=  a file of params/grids/, and how     make reproduce GRID=digits_pairs JOBS=2"
+	@echo "                many of its studies run at a time"
 	@echo "  FORCE=1       run finished stages again            make reproduce FORCE=1"
 	@echo "  ARM=, SEED=   which student to export              make export ARM=kd SEED=0"
 	@echo "  DATA=folder   where the images lie                 make reproduce STUDY=cifar100_quick DATA=/data"
 	@echo "  ARGS='...'    handed to test, lab, ui and bench    make test ARGS='-k hints'"
 	@echo "  PYTHON=path   the Python to set up with (3.11 to 3.14)"
 
-reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA)
+reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA), or many (GRID, JOBS, DATA)
+ifneq ($(GRID),)
+	@$(if $(filter-out 0 no false,$(FORCE)),echo "FORCE=1 is for one study: STUDY=name, not GRID=$(GRID)" >&2; exit 1;) \
+	  exec .venv/bin/python -m pursuhint_lib.grid reproduce "$(GRID)" $(if $(JOBS),--jobs "$(JOBS)")
+else
 	@exec .venv/bin/python -m pursuhint_lib.pipeline reproduce "$(STUDY)" $(if $(filter-out 0 no false,$(FORCE)),--force)
+endif
 
 export: ready ## write a student as files that run without this project (STUDY, ARM, SEED, DATA)
 	@exec .venv/bin/python -m pursuhint_lib.export "$(STUDY)" $(if $(ARM),--arm="$(ARM)") $(if $(SEED),--seed="$(SEED)")

@@ -1,7 +1,7 @@
-"""One live line in the terminal.
+"""What runs now, in the terminal: one live line, or several.
 
-On a terminal the line is redrawn in place; elsewhere (a log file, CI) a plain line is printed at most every 30 seconds,
-so a short study is quiet there.
+On a terminal they are redrawn in place; elsewhere (a log file, CI) the first of them is printed as a plain line at most
+every 30 seconds, so a short study is quiet there.
 """
 
 import shutil
@@ -51,7 +51,7 @@ class LiveLine:
         self.stream = stream or sys.stdout
         self.every_s = every_s
         self.terminal = self.stream.isatty()
-        self._drawn = False
+        self._drawn = 0  # lines on the terminal that the next call replaces
         self._last = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -61,20 +61,29 @@ class LiveLine:
         self._last = time.monotonic()
 
     def draw(self, text: str) -> None:
-        """Show `text` until the next call."""
+        """Show `text` until the next call: a line or several, the one that counts first, cut to the terminal's size."""
         now = time.monotonic()
         if self.terminal and now - self._last >= 0.2:
-            width = shutil.get_terminal_size().columns - 1
-            print("\r\x1b[K" + text[:width], end="", file=self.stream, flush=True)
-            self._drawn, self._last = True, now
+            size = shutil.get_terminal_size()
+            lines = text.splitlines()
+            if len(lines) > size.lines:  # what has scrolled away cannot be replaced
+                kept = max(1, size.lines - 1)
+                lines = [*lines[:kept], f"... and {len(lines) - kept} more"][: size.lines]
+            shown = "\n".join(line[: size.columns - 1] + "\x1b[K" for line in lines)
+            print(f"{self._back()}{shown}\x1b[J", end="", file=self.stream, flush=True)
+            self._drawn, self._last = len(lines), now
         elif not self.terminal and now - self._last >= self.every_s:
-            self.say(text)
+            self.say(text.partition("\n")[0])
 
     def clear(self) -> None:
-        """Wipe the live line."""
+        """Wipe what was drawn."""
         if self._drawn:
-            print("\r\x1b[K", end="", file=self.stream, flush=True)
-            self._drawn = False
+            print(f"{self._back()}\x1b[J", end="", file=self.stream, flush=True)
+            self._drawn = 0
+
+    def _back(self) -> str:
+        """Moves the cursor to the start of what was drawn."""
+        return "\r" + (f"\x1b[{self._drawn - 1}A" if self._drawn > 1 else "")
 
 
 def stage_line(

@@ -198,7 +198,8 @@ def main(arguments: list[str] | None = None, sources: Sources | None = None) -> 
             )
     options = parser.parse_args(arguments)
     sources = sources or Sources()
-    with _signals() as stop:
+    with noted_signals() as stop:
+        _end_with_parent()
         try:
             if options.verb == "reproduce":
                 reproduce(options.study, force=options.force, sources=sources, stop=stop)
@@ -211,7 +212,7 @@ def main(arguments: list[str] | None = None, sources: Sources | None = None) -> 
         except Exception as error:
             if os.environ.get("PURSUHINT_DEBUG"):
                 traceback.print_exc()
-            print(_one_line(error), file=sys.stderr)
+            print(one_line(error), file=sys.stderr)
             return 1
     return 0
 
@@ -226,7 +227,7 @@ def check(study: str, sources: Sources) -> str:
     return f"{file}: fit to run"
 
 
-def reproduce(study: str, *, force: bool, sources: Sources, stop: "_StopFlag") -> None:
+def reproduce(study: str, *, force: bool, sources: Sources, stop: "StopFlag") -> None:
     """Run the stages of a study that are not there yet and print what came of it.
 
     Raises ParameterError, StageFailed, StudyBusy, Stopped, and what the system raises (a full disk).
@@ -254,6 +255,28 @@ def describe(study: str, sources: Sources) -> str:
             break
         earlier[stage.name] = record
     return "\n".join(lines)
+
+
+def is_finished(study: str, sources: Sources) -> bool:
+    """Whether `reproduce` would find nothing to do. Looks only, and imports nothing heavy. Raises ParameterError."""
+    params, _ = _parameters(study, sources)
+    status = read_status(study)
+    if status.get("state") != "finished" or status.get("to_redo"):
+        return False
+    earlier: dict[str, dict] = {}
+    for stage in sources.stages:
+        record, reason = _standing(study, stage, params, sources, earlier)
+        if reason:
+            return False
+        earlier[stage.name] = record
+    return not _changed_report(study)
+
+
+def _changed_report(study: str) -> list[str]:
+    """Files of a study's report that are gone or changed."""
+    reports, shown = home() / "reports" / study, home() / "runs" / study / SHOWN
+    changed = records.changed_outputs(read_json(shown) if shown.exists() else {}, reports)
+    return changed or ([] if (reports / "report.html").exists() else ["report.html"])
 
 
 def _parameters(study: str, sources: Sources) -> tuple[Mapping[str, Any], str]:
@@ -306,7 +329,7 @@ def _inputs(stage: Stage, params: Mapping[str, Any], sources: Sources, earlier: 
 class Driver:
     """One run of one study, under the study's lock."""
 
-    def __init__(self, study: str, params: Mapping[str, Any], file: str, sources: Sources, stop: "_StopFlag"):
+    def __init__(self, study: str, params: Mapping[str, Any], file: str, sources: Sources, stop: "StopFlag"):
         self.study, self.params, self.file, self.sources, self.stop = study, params, file, sources, stop
         self.live = LiveLine()
         self.status = read_status(study)
@@ -524,7 +547,7 @@ class Driver:
             stage = self.status["stage"]
             heartbeat = read_progress(folders(self.study, stage)[0]) if stage else None
             text = progress_text(heartbeat) if heartbeat else ""
-            message = "" if stopped else _one_line(error)
+            message = "" if stopped else one_line(error)
             with contextlib.suppress(Exception):
                 state = "interrupted" if stopped else "failed"
                 self._save_status(state=state, progress=text, kernel=None, message=message)
@@ -568,11 +591,9 @@ class Driver:
     # After the last stage
 
     def _nothing_to_do(self) -> None:
-        reports, shown = home() / "reports" / self.study, run_folder(self.study) / SHOWN
-        changed = records.changed_outputs(read_json(shown) if shown.exists() else {}, reports)
-        if changed or not (reports / "report.html").exists():
+        if changed := _changed_report(self.study):
             self._write_report()
-            what = f"{changed[0]} was" if len(changed) == 1 else f"{len(changed) or 'some'} of its files were"
+            what = f"{changed[0]} was" if len(changed) == 1 else f"{len(changed)} of its files were"
             self.live.say(f"the report was made again from the tables: {what} gone or changed")
         verdict = read_verdict(self.study)
         took = sum(record["seconds"] for record in self.records.values())
@@ -672,7 +693,7 @@ class Driver:
 # --- Signals
 
 
-class _StopFlag:
+class StopFlag:
     """Remembers a signal; `check` raises Stopped for it."""
 
     def __init__(self) -> None:
@@ -684,12 +705,12 @@ class _StopFlag:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[_StopFlag]:
+def noted_signals() -> Iterator[StopFlag]:
     """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; a second one ends the driver at once.
 
     A shell without job control starts background commands with SIGINT ignored; here it is heeded all the same.
     """
-    flag = _StopFlag()
+    flag = StopFlag()
 
     def note(signum: int, _frame: Any) -> None:
         if flag.signum is not None:
@@ -709,6 +730,21 @@ def _signals() -> Iterator[_StopFlag]:
             signal.signal(signum, handler)
 
 
+def _end_with_parent() -> None:
+    """Stop as for SIGTERM when the process that started this one dies: a driver of many studies sets $PURSUHINT_PARENT,
+    because one that is killed cannot stop them. Kernels do the same with their driver.
+    """
+    parent = os.environ.pop("PURSUHINT_PARENT", "")  # not for those that this process starts
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent:
+        threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
 # --- Words
 
 
@@ -717,7 +753,7 @@ def _tracking() -> Any:
     return importlib.import_module("pursuhint_lib.tracking")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error in one line; a full disk says what to do."""
     cause: BaseException | None = error
     while cause is not None:
