@@ -41,8 +41,8 @@ help: ## explain the targets
 
 reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA), or many (GRID, JOBS, DATA)
 ifneq ($(GRID),)
-	@$(if $(filter-out 0 no false,$(FORCE)),echo "FORCE=1 is for one study: STUDY=name, not GRID=$(GRID)" >&2; exit 1;) \
-	  exec .venv/bin/python -m pursuhint_lib.grid reproduce "$(GRID)" $(if $(JOBS),--jobs "$(JOBS)")
+	@$(if $(filter-out 0 no false,$(FORCE)),echo "FORCE=1 is for one study (STUDY=name); a grid runs what is not there yet" >&2; exit 1)
+	@exec .venv/bin/python -m pursuhint_lib.grid reproduce "$(GRID)" $(if $(JOBS),--jobs "$(JOBS)")
 else
 	@exec .venv/bin/python -m pursuhint_lib.pipeline reproduce "$(STUDY)" $(if $(filter-out 0 no false,$(FORCE)),--force)
 endif
