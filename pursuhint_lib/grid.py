@@ -355,6 +355,7 @@ class _Run:
     running: dict[str, _Child] = field(default_factory=dict)
     tries: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # study -> last line
+    past: dict[str, Mapping[str, float]] = field(default_factory=dict)  # seconds that stages took, of studies done
 
     def go(self) -> None:
         """Until every study is done or has failed. Raises Stopped, with no child left."""
@@ -442,7 +443,10 @@ class _Run:
 
     def _view(self, now: float) -> str:
         """A line for the grid and one for each running study."""
-        past = [read_status(study).get("seconds", {}) for study in self.done]
+        for study in self.done:
+            if study not in self.past:
+                self.past[study] = read_status(study).get("seconds", {})
+        past = list(self.past.values())
         usual = {
             stage.name: mean(seconds)
             for stage in self.sources.stages
