@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import signal
@@ -172,14 +173,14 @@ class ToyGrid:
     def __init__(self, root):
         self.root = root
 
-    def run(self, grid, jobs=2):
+    def run(self, grid, jobs=2, command=None):
         with noted_signals() as stop:
             return reproduce(
                 grid,
                 jobs=jobs,
                 stop=stop,
                 sources=toy_sources(self.root),
-                command=toy_command(self.root),
+                command=command or toy_command(self.root),
                 fetch=lambda params: None,
             )
 
@@ -243,7 +244,7 @@ def toy_command(root):
 
 
 def wait_until(what, true):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not true():
         assert time.monotonic() < end, f"{what} did not come"
         time.sleep(0.05)
@@ -256,7 +257,8 @@ def is_alive(process):
 
 
 @pytest.fixture
-def toys(toy):
+def toys(toy, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     return ToyGrid(toy.root)
 
 
@@ -283,46 +285,58 @@ def test_three_studies_at_once_on_a_fresh_home_are_all_done_and_their_tables_are
     assert [toys.begun(study) for study in names] == [1, 1, 1]
     assert pd.read_csv(toys.root / "reports/grids/toys/results.csv").equals(table)
 
-    # a study whose report is gone, and one that is new
+    # a study whose report is gone
     (toys.root / "reports/toys-0_6/report.html").unlink()
-    assert toys.run(toys_of(0.5, 0.6, 0.8)) == {}
-    assert "grid toys: 3 of 3 studies done (1 of them before)" in capsys.readouterr().out
-    assert [toys.begun(study) for study in (*names, "toys-0_8")] == [1, 2, 1, 1]
-    assert toys.trained("toys-0_6") == ["0", "1", "2", "3"]
-    assert set(pd.read_csv(toys.root / "reports/grids/toys/results.csv")["01_make.base"]) == {0.5, 0.6, 0.8}
+    assert toys.run(grid) == {}
+    assert "grid toys: 3 of 3 studies done (2 of them before)" in capsys.readouterr().out
+    assert [toys.begun(study) for study in names] == [1, 2, 1] and toys.trained("toys-0_6") == ["0", "1", "2", "3"]
 
 
 def test_a_study_that_fails_is_tried_once_more_and_the_others_go_on(toys, capsys):
-    once = "mark = folder / 'failed_once'\nif fault == 'once' and not mark.exists():\n"
-    once += "    mark.touch()\n    raise OSError('no answer')"
-    cells = [*test_pipeline.MAKE[:2], once, *test_pipeline.MAKE[2:]]
-    test_pipeline.write_notebook(toys.root / "notebooks/01_make.ipynb", cells)
-    studies = [toy_study(0.5, fault="raise"), toy_study(0.6, fault="once"), toy_study(0.7)]
-    failed = toys.run(Grid("toys", "params/grids/toys.yaml", studies))
-    assert list(failed) == ["toys-0_5"]
-    assert failed["toys-0_5"].startswith("01_make stopped in cell [5]: ValueError: damaged checkpoint toys-0_5")
-    assert [toys.begun(study.name) for study in studies] == [2, 2, 1]
+    lines = {
+        "toys-0_5": "print('a line'); sys.exit('01_make stopped in cell [5]: ValueError: damaged')",
+        "toys-0_6": "mark.exists() or (mark.touch(), os.kill(os.getpid(), 9))",
+        "toys-0_7": "print(sys.argv[1:])",
+    }
+    begin = f"import os, sys; from pathlib import Path; mark = Path({str(toys.root / 'mark')!r}); "
+
+    def command(study, arguments):
+        return [sys.executable, "-c", begin + lines[study], *arguments]
+
+    failed = toys.run(toys_of(0.5, 0.6, 0.7), command=command)
+    assert failed == {"toys-0_5": "01_make stopped in cell [5]: ValueError: damaged"}
+    assert [toys.begun(study) for study in lines] == [2, 2, 1]
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and captured.err.startswith("toys-0_5 failed 2 times: 01_make stopped in")
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("toys-0_5 failed 2 times: 01_make stopped in cell [5]: ValueError: damaged; log: ")
     assert captured.err.endswith("runs/grids/toys/toys-0_5.log\n")
-    assert "toys-0_6 failed and is tried once more: 01_make stopped in cell [4]: OSError: no answer" in captured.out
+    assert "toys-0_6 failed and is tried once more: killed by SIGKILL\n" in captured.out
     assert "grid toys: 2 of 3 studies done\n" in captured.out
-    table = pd.read_csv(toys.root / "reports/grids/toys/results.csv")
-    assert set(table["study"]) == {"toys-0_6", "toys-0_7"}
 
 
-def test_a_study_that_is_killed_is_told_by_the_signal_and_goes_on_from_what_it_had(toys, capsys):
-    driver = toys.start(toys_of(0.5, pause=1.0), subprocess.PIPE)
-    wait_until("part 1", (toys.root / "runs/toys-0_5/01_make/parts/p1.txt").exists)
-    toys.processes("toys-0_5")[0].kill()
-    out, _ = driver.communicate()
-    assert driver.returncode == 0
-    assert "toys-0_5 failed and is tried once more: killed by SIGKILL\n" in out
-    assert toys.trained("toys-0_5") == ["0", "1", "2", "3"]
+def test_no_more_studies_run_at_a_time_than_asked_for_and_what_stands_behind_two_hyphens_is_handed_on(toys):
+    trace = toys.root / "trace.txt"
+    code = f"import sys, time; out = open({str(trace)!r}, 'a', buffering=1); print('begin', *sys.argv[1:], file=out); "
+    code += "time.sleep(0.5); print('end', file=out)"
+    with noted_signals() as stop:
+        failed = reproduce(
+            toys_of(*range(5)),
+            jobs=2,
+            stop=stop,
+            arguments=["--executor", "local"],
+            sources=toy_sources(toys.root),
+            command=lambda study, arguments: [sys.executable, "-c", code, study, *arguments],
+            fetch=lambda params: None,
+        )
+    assert failed == {}
+    lines = trace.read_text().splitlines()
+    at_a_time = list(itertools.accumulate(1 if line.startswith("begin") else -1 for line in lines))
+    assert max(at_a_time) == 2 and at_a_time[-1] == 0
+    assert sorted(lines)[:5] == [f"begin toys-{n} --executor local" for n in range(5)]
 
 
-def test_ctrl_c_stops_all_studies_and_the_same_command_goes_on_from_there(toys, capsys):
-    grid = toys_of(0.5, 0.6, 0.7, pause=1.0)
+def test_ctrl_c_stops_all_studies_each_with_what_it_has_and_begins_no_other(toys):
+    grid = toys_of(0.5, 0.6, 0.7, pause=600.0)
     master, slave = os.openpty()
     termios.tcsetwinsize(slave, (20, 100))
     driver = toys.start(grid, slave)
@@ -331,7 +345,7 @@ def test_ctrl_c_stops_all_studies_and_the_same_command_goes_on_from_there(toys, 
     running = ("toys-0_5", "toys-0_6")
     parts = [toys.root / f"runs/{study}/01_make/parts/p0.txt" for study in running]
     wait_until("part 0", lambda: all(part.exists() for part in parts))
-    wait_until("the view", lambda: seen.text.count("[1/2] 01_make ") > 1 and "· part " in seen.text)
+    wait_until("the view", lambda: sum("01_make 25 % · part 0" in line for line in seen.screen(20, 100)) == 2)
     block = seen.screen(20, 100)
     assert block[0].startswith("grid toys: 0/3 studies done, 2 running")
     assert block[1].startswith("  toys-0_5 [1/2] 01_make ") and block[2].startswith("  toys-0_6 [1/2] 01_make ")
@@ -341,7 +355,7 @@ def test_ctrl_c_stops_all_studies_and_the_same_command_goes_on_from_there(toys, 
     processes = toys.processes(*running)
     assert len(processes) >= 4  # two drivers, two kernels
     driver.send_signal(signal.SIGINT)
-    _, error = driver.communicate(timeout=60)
+    _, error = driver.communicate()
     assert driver.returncode == 130
     assert error == "stopped by Ctrl-C; 0 of 3 studies are done; 'make reproduce GRID=toys JOBS=2' goes on from there\n"
     seen.close()
@@ -349,16 +363,12 @@ def test_ctrl_c_stops_all_studies_and_the_same_command_goes_on_from_there(toys, 
     assert not any(is_alive(process) for process in processes)
     assert [read_status(study)["state"] for study in running] == ["interrupted"] * 2
     assert toys.begun("toys-0_7") == 0
-
-    assert toys.run(grid) == {}
-    for study in (*running, "toys-0_7"):
-        assert toys.trained(study) == ["0", "1", "2", "3"]
-    assert [toys.mlflow(study) for study in running] == [["KILLED", "FINISHED"]] * 2
+    assert [toys.mlflow(study) for study in running] == [["KILLED"]] * 2
 
 
 def test_when_the_driver_is_killed_its_studies_end_too_and_the_next_one_goes_on_from_there(toys):
-    grid = toys_of(0.5, 0.6, pause=1.0)
-    driver = toys.start(grid)
+    grid = toys_of(0.5, 0.6)
+    driver = toys.start(toys_of(0.5, 0.6, pause=600.0))
     studies = [study.name for study in grid.studies]
     parts = [toys.root / f"runs/{study}/01_make/parts/p0.txt" for study in studies]
     wait_until("part 0", lambda: all(part.exists() for part in parts))
@@ -373,14 +383,18 @@ def test_when_the_driver_is_killed_its_studies_end_too_and_the_next_one_goes_on_
 
 
 def test_a_study_that_somebody_else_runs_is_waited_for(toys):
-    grid = toys_of(0.5, 0.6)
-    with study_lock("toys-0_5"):
-        driver = toys.start(grid)
-        wait_until("toys-0_6", lambda: read_status("toys-0_6").get("state") == "finished")
-        time.sleep(1)
-        assert toys.begun("toys-0_5") == 0
-    driver.communicate()
-    assert driver.returncode == 0 and toys.begun("toys-0_5") == 1
+    (toys.root / "runs/toys-0_5").mkdir(parents=True)
+    lock, seen = contextlib.ExitStack(), []
+    lock.enter_context(study_lock("toys-0_5"))
+
+    def command(study, arguments):
+        seen.append(study)
+        if study == "toys-0_7":  # the last of those that can run: now the other is let go of
+            lock.close()
+        return [sys.executable, "-c", ""]
+
+    assert toys.run(toys_of(0.5, 0.6, 0.7), jobs=1, command=command) == {}
+    assert seen == ["toys-0_6", "toys-0_7", "toys-0_5"]
 
 
 # --- What came of it
