@@ -1,6 +1,7 @@
 # PURSUhInT: `make` explains the targets. Each one sets up .venv by itself when it has to.
 
 STUDY = digits
+GRID =
 FORCE =
 EXECUTOR =
 JOBS =
@@ -34,6 +35,8 @@ help: ## explain the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  STUDY=name    a file of params/, without .yaml     make reproduce STUDY=cifar100_quick"
+	@echo "  GRID=name     a file of params/grids/: many        make reproduce GRID=digits_pairs JOBS=2"
+	@echo "                studies, JOBS of them at a time"
 	@echo "  FORCE=1       run finished stages again            make reproduce FORCE=1"
 	@echo "  EXECUTOR=     local or slurm: train in jobs        make reproduce EXECUTOR=local JOBS=2"
 	@echo "  JOBS=number   at most so many jobs at a time"
@@ -45,10 +48,17 @@ help: ## explain the targets
 	@echo "  ARGS='...'    handed to test, lab, ui and bench    make test ARGS='-k hints'"
 	@echo "  PYTHON=path   the Python to set up with (3.11 to 3.14)"
 
-reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA, EXECUTOR, JOBS ...)
+JOB_OPTIONS = $(if $(EXECUTOR),--executor="$(EXECUTOR)") $(if $(JOB_CORES),--cores="$(JOB_CORES)") \
+  $(if $(JOB_GPUS),--gpus="$(JOB_GPUS)") $(if $(SLURM),--slurm="$(SLURM)")
+
+reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA, EXECUTOR ...), or many (GRID, JOBS ...)
+ifneq ($(GRID),)
+	@$(if $(filter-out 0 no false,$(FORCE)),echo "FORCE=1 is for one study (STUDY=name); a grid runs what is not there yet" >&2; exit 1)
+	@exec .venv/bin/python -m pursuhint_lib.grid reproduce "$(GRID)" $(if $(JOBS),--jobs "$(JOBS)") -- $(JOB_OPTIONS)
+else
 	@exec .venv/bin/python -m pursuhint_lib.pipeline reproduce "$(STUDY)" $(if $(filter-out 0 no false,$(FORCE)),--force) \
-	  $(if $(EXECUTOR),--executor="$(EXECUTOR)") $(if $(JOBS),--jobs="$(JOBS)") \
-	  $(if $(JOB_CORES),--cores="$(JOB_CORES)") $(if $(JOB_GPUS),--gpus="$(JOB_GPUS)") $(if $(SLURM),--slurm="$(SLURM)")
+	  $(if $(JOBS),--jobs="$(JOBS)") $(JOB_OPTIONS)
+endif
 
 export: ready ## write a student as files that run without this project (STUDY, ARM, SEED, DATA)
 	@exec .venv/bin/python -m pursuhint_lib.export "$(STUDY)" $(if $(ARM),--arm="$(ARM)") $(if $(SEED),--seed="$(SEED)")

@@ -226,14 +226,17 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def study_file(study: str) -> Path:
-    """The parameter file of a study, by its name in ``params/``. Raises ParameterError listing the studies there
-    are.
+    """The parameter file of a study, by its name in ``params/``, or of one that a grid made (see `grid`). Raises
+    ParameterError listing the studies there are in ``params/``.
     """
-    path = PARAMS_FOLDER / f"{study}.yaml"
-    if not path.exists():
-        there = sorted(p.stem for p in PARAMS_FOLDER.glob("*.yaml"))
-        raise ParameterError(f"no study {study!r}: params/ holds {', '.join(there)}{nearest(study, there)}")
-    return path
+    folders = [PARAMS_FOLDER, *sorted((home() / "runs" / "grids").glob("*/params"))]
+    for folder in folders:
+        if (path := folder / f"{study}.yaml").exists():
+            return path
+    there = sorted(path.stem for path in PARAMS_FOLDER.glob("*.yaml"))
+    of_grids = [path.stem for folder in folders[1:] for path in folder.glob("*.yaml")]
+    hint = nearest(study, [*there, *of_grids])
+    raise ParameterError(f"no study {study!r}: params/ holds {', '.join(there)}{hint}")
 
 
 def load_params(path: Path) -> dict[str, Study]:
@@ -243,12 +246,15 @@ def load_params(path: Path) -> dict[str, Study]:
     """
     path = Path(path)
     file = f"{path.parent.name}/{path.name}"
-    sections = _read_sections(path, file)
-    common = sections.get("common", {})
-    common.setdefault("study", path.stem)
-    if common["study"] != path.stem:
+    return params_of(read_sections(path, file), path.stem, file)
+
+
+def params_of(sections: Mapping[str, Mapping[str, Any]], study: str, file: str) -> dict[str, Study]:
+    """Check the values of a study's sections, as `read_sections` gives them. Returns and raises as `load_params`."""
+    common = {"study": study} | sections.get("common", {})
+    if common["study"] != study:
         raise ParameterError(
-            f"{file}: common.study = {common['study']!r}: should be the file's own name, {path.stem!r}, or be left out"
+            f"{file}: common.study = {common['study']!r}: should be the file's own name, {study!r}, or be left out"
         )
     result = {}
     for section, stage in SECTIONS.items():
@@ -275,9 +281,10 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
-def _read_sections(path: Path, file: str) -> dict[str, dict[str, Any]]:
+def read_yaml(path: Path, file: str) -> Any:
+    """What a YAML file holds. Raises ParameterError, one line that begins with `file`."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
         raise ParameterError(f"{file}: no such parameter file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -286,6 +293,11 @@ def _read_sections(path: Path, file: str) -> dict[str, dict[str, Any]]:
         raise ParameterError(
             f"{file}: is not valid YAML{where} ({getattr(error, 'problem', None) or 'cannot be read'})"
         ) from None
+
+
+def read_sections(path: Path, file: str) -> dict[str, dict[str, Any]]:
+    """The sections of a study file; names of sections and keys are checked, values are not. Raises ParameterError."""
+    content = read_yaml(path, file)
     if not isinstance(content, dict):
         raise ParameterError(
             f"{file}: should hold the sections common, {', '.join(SECTIONS)}; it holds {type(content).__name__}"
@@ -300,13 +312,16 @@ def _read_sections(path: Path, file: str) -> dict[str, dict[str, Any]]:
             content[section] = values = {}
         if not isinstance(values, dict):
             raise ParameterError(f"{file}: section {section} = {values!r}: should hold keys and values")
-        allowed = (
-            COMMON if section == "common" else [k for k in _own_keys(STAGES[SECTIONS[section]]) if k not in COMMON]
-        )
+        allowed = section_keys(section)
         for key, value in values.items():
             if key not in allowed:
                 raise ParameterError(_unknown_key(file, section, str(key), value, allowed))
     return content
+
+
+def section_keys(section: str) -> list[str]:
+    """The keys that a section of a study file may hold."""
+    return COMMON if section == "common" else [k for k in _own_keys(STAGES[SECTIONS[section]]) if k not in COMMON]
 
 
 def _unknown_key(file: str, section: str, key: str, value: Any, allowed: list[str]) -> str:

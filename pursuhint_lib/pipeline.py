@@ -213,7 +213,8 @@ def main(arguments: list[str] | None = None, sources: Sources | None = None) -> 
                 command.add_argument(option, default="", help=help_text)
     options = parser.parse_args(arguments)
     sources = sources or Sources()
-    with _signals() as stop:
+    with noted_signals() as stop:
+        _end_with_parent()
         try:
             if options.verb == "reproduce":
                 asked = (options.executor, options.jobs, options.cores, options.gpus, options.slurm)
@@ -228,7 +229,7 @@ def main(arguments: list[str] | None = None, sources: Sources | None = None) -> 
         except Exception as error:
             if os.environ.get("PURSUHINT_DEBUG"):
                 traceback.print_exc()
-            print(_one_line(error), file=sys.stderr)
+            print(one_line(error), file=sys.stderr)
             return 1
     return 0
 
@@ -243,7 +244,7 @@ def check(study: str, sources: Sources) -> str:
     return f"{file}: fit to run"
 
 
-def reproduce(study: str, *, force: bool, sources: Sources, stop: "_StopFlag", fan_out: FanOut | None = None) -> None:
+def reproduce(study: str, *, force: bool, sources: Sources, stop: "StopFlag", fan_out: FanOut | None = None) -> None:
     """Run the stages of a study that are not there yet and print what came of it.
 
     fan_out: how independent work is run as jobs; None for one notebook after the other. Raises ParameterError,
@@ -275,6 +276,28 @@ def describe(study: str, sources: Sources) -> str:
             break
         earlier[stage.name] = record
     return "\n".join(lines)
+
+
+def is_finished(study: str, sources: Sources) -> bool:
+    """Whether `reproduce` would find nothing to do. Looks only, and imports nothing heavy. Raises ParameterError."""
+    params, _ = _parameters(study, sources)
+    status = read_status(study)
+    if status.get("state") != "finished" or status.get("to_redo"):
+        return False
+    earlier: dict[str, dict] = {}
+    for stage in sources.stages:
+        record, reason = _standing(study, stage, params, sources, earlier)
+        if reason:
+            return False
+        earlier[stage.name] = record
+    return not _changed_report(study)
+
+
+def _changed_report(study: str) -> list[str]:
+    """Files of a study's report that are gone or changed."""
+    reports, shown = home() / "reports" / study, home() / "runs" / study / SHOWN
+    changed = records.changed_outputs(read_json(shown) if shown.exists() else {}, reports)
+    return changed or ([] if (reports / "report.html").exists() else ["report.html"])
 
 
 def _parameters(study: str, sources: Sources) -> tuple[Mapping[str, Any], str]:
@@ -333,7 +356,7 @@ class Driver:
         params: Mapping[str, Any],
         file: str,
         sources: Sources,
-        stop: "_StopFlag",
+        stop: "StopFlag",
         fan_out: FanOut | None = None,
     ):
         self.study, self.params, self.file, self.sources, self.stop = study, params, file, sources, stop
@@ -640,7 +663,7 @@ class Driver:
             stage = self.status["stage"]
             heartbeat = read_progress(folders(self.study, stage)[0]) if stage else None
             text = progress_text(heartbeat) if heartbeat else ""
-            message = "" if stopped else _one_line(error)
+            message = "" if stopped else one_line(error)
             with contextlib.suppress(Exception):
                 state = "interrupted" if stopped else "failed"
                 self._save_status(state=state, progress=text, kernel=None, message=message)
@@ -684,11 +707,9 @@ class Driver:
     # After the last stage
 
     def _nothing_to_do(self) -> None:
-        reports, shown = home() / "reports" / self.study, run_folder(self.study) / SHOWN
-        changed = records.changed_outputs(read_json(shown) if shown.exists() else {}, reports)
-        if changed or not (reports / "report.html").exists():
+        if changed := _changed_report(self.study):
             self._write_report()
-            what = f"{changed[0]} was" if len(changed) == 1 else f"{len(changed) or 'some'} of its files were"
+            what = f"{changed[0]} was" if len(changed) == 1 else f"{len(changed)} of its files were"
             self.live.say(f"the report was made again from the tables: {what} gone or changed")
         verdict = read_verdict(self.study)
         took = sum(record["seconds"] for record in self.records.values())
@@ -788,7 +809,7 @@ class Driver:
 # --- Signals
 
 
-class _StopFlag:
+class StopFlag:
     """Remembers a signal; `check` raises Stopped for it."""
 
     def __init__(self) -> None:
@@ -800,12 +821,12 @@ class _StopFlag:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[_StopFlag]:
+def noted_signals() -> Iterator[StopFlag]:
     """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; a second one ends the driver at once.
 
     A shell without job control starts background commands with SIGINT ignored; here it is heeded all the same.
     """
-    flag = _StopFlag()
+    flag = StopFlag()
 
     def note(signum: int, _frame: Any) -> None:
         if flag.signum is not None:
@@ -825,6 +846,21 @@ def _signals() -> Iterator[_StopFlag]:
             signal.signal(signum, handler)
 
 
+def _end_with_parent() -> None:
+    """Stop as for SIGTERM when the process that started this one dies: a driver of many studies sets $PURSUHINT_PARENT,
+    because one that is killed cannot stop them. Kernels do the same with their driver.
+    """
+    parent = os.environ.pop("PURSUHINT_PARENT", "")  # not for those that this process starts
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent:
+        threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
 # --- Words
 
 
@@ -833,7 +869,7 @@ def _tracking() -> Any:
     return importlib.import_module("pursuhint_lib.tracking")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error in one line; a full disk says what to do."""
     cause: BaseException | None = error
     while cause is not None:

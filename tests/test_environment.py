@@ -159,6 +159,14 @@ def test_make_reproduce_hands_over_study_force_and_data():
     assert make("-n", "reproduce", STUDY="other").stdout == plain, "a stray environment variable chose the study"
 
 
+def test_make_reproduce_hands_over_a_grid_and_refuses_to_force_one():
+    shown = make("-n", "reproduce", "GRID=digits_pairs", "JOBS=2").stdout
+    assert 'pursuhint_lib.grid reproduce "digits_pairs" --jobs "2"' in shown and "pipeline" not in shown
+    assert "--jobs" not in make("-n", "reproduce", "GRID=digits_pairs").stdout
+    forced = make("reproduce", "GRID=digits_pairs", "FORCE=1")
+    assert forced.returncode != 0 and forced.stderr.startswith("FORCE=1 is for one study")
+
+
 @pytest.mark.parametrize(
     ("given", "seen"), [("/some where/else", "/some where/else"), ("pictures", f"{ROOT}/pictures"), ("~/in", "~/in")]
 )

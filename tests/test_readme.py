@@ -9,6 +9,7 @@ import torch
 
 from pursuhint_lib.arms import parse_method
 from pursuhint_lib.data import Batch, Batches, ImageSet
+from pursuhint_lib.grid import grid_file, read_grid
 from pursuhint_lib.logit_losses import LOGIT_LOSSES
 from pursuhint_lib.methods import METHODS
 from pursuhint_lib.models import build_model, state_hash
@@ -73,8 +74,10 @@ def test_the_parameter_file_for_images_of_ones_own_is_accepted(tmp_path):
 def test_files_and_studies_that_are_named_exist():
     for name in re.findall(r"`(\d\d_[a-z_]+)`", README):
         assert (REPOSITORY / "notebooks" / f"{name}.ipynb").exists()
-    for study in re.findall(r"STUDY=(\w+)", README):
-        assert study in ("name", "mine") or (REPOSITORY / "params" / f"{study}.yaml").exists()
+    grids = [read_grid(grid_file(grid)) for grid in re.findall(r"GRID=(\w+)", README)]
+    of_grids = [study.name for grid in grids for study in grid.studies]
+    for study in re.findall(r"STUDY=([\w-]+)", README):
+        assert study in ("name", "mine", *of_grids) or (REPOSITORY / "params" / f"{study}.yaml").exists()
 
 
 def reports_are_those_of_record():
