@@ -60,7 +60,7 @@ def run_job(job: Job, params: Mapping[str, Any], report_to: Path) -> None:
     params = STAGES[job.stage].model_validate(params)
     device = resolve_device(params.device)
     dtype = resolve_precision(params.precision, device)
-    torch.set_num_threads(max(1, params.threads // params.workers))
+    torch.set_num_threads(max(1, params.threads // (params.workers * params.processes)))
     folder, images = run_folder(params.study, job.stage), study_images(params)
     if job.stage == "01_train_teacher":
         baselines = Baselines(params, images, device, dtype)
