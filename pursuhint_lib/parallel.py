@@ -144,8 +144,8 @@ def losses_of(learner: nn.Module) -> Callable[..., tuple[dict[str, Tensor], Tens
     part = _PartOfLoss(learner)
     requires_grad = {parameter: parameter.requires_grad for parameter in learner.parameters()}
     learner.requires_grad_(True)  # also of parameters that learn at another time: only these are looked after
-    # Not broadcast_buffers: at every step it would undo what the other processes' batch norm has seen.
-    together = DistributedDataParallel(part, broadcast_buffers=False, find_unused_parameters=True)
+    together = DistributedDataParallel(part, find_unused_parameters=True)
+    together.broadcast_buffers = False  # only now: at every step it would undo what others' batch norms have seen
     for parameter, required in requires_grad.items():
         parameter.requires_grad_(required)
 
