@@ -112,10 +112,11 @@ def batch_mean(values: Tensor) -> Tensor:
 
 def batch_sum(values: Tensor) -> Tensor:
     """Sums over this process's part of a divided batch -> over the whole batch. Without a gradient."""
-    return values if _part is None else _summed(values.detach().clone())
+    return values if _part is None else _summed(values.detach())
 
 
 def _summed(values: Tensor) -> Tensor:
+    values = values.clone(memory_format=torch.contiguous_format)  # in the same order everywhere
     dist.all_reduce(values)
     return values
 
@@ -190,19 +191,29 @@ def synchronized_batch_norm(modules: Iterable[nn.Module]) -> Iterator[None]:
             del norm.forward
 
 
+class _Sum(torch.autograd.Function):
+    """A tensor, summed over the processes. All of them use the sum, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _summed(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _summed(gradient)
+
+
 def _synchronized(norm: _BatchNorm, x: Tensor) -> Tensor:
     """(B, C, ...) -> the same, normalized by mean and variance of all processes' images."""
     if _part is None or not norm.training:
         return type(norm).forward(norm, x)
-    from torch.distributed.nn.functional import all_reduce  # with a gradient
-
     exact = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     others = [dim for dim in range(x.ndim) if dim != 1]
     column = [1, -1] + [1] * (x.ndim - 2)  # (C,) beside x
     n = _summed(torch.tensor(x.numel() / x.shape[1], dtype=torch.float64, device=x.device)).to(exact.dtype)
-    mean = all_reduce(exact.sum(others)) / n
+    mean = _Sum.apply(exact.sum(others)) / n
     centered = exact - mean.view(column)
-    variance = all_reduce(centered.square().sum(others)) / n
+    variance = _Sum.apply(centered.square().sum(others)) / n
     if norm.track_running_stats:
         with torch.no_grad():
             norm.num_batches_tracked += 1
