@@ -682,16 +682,18 @@ class Batches(BatchSource):
             for first in range(0, len(self) * self.batch_size, self.batch_size):
                 whole = min(self.batch_size, n - first)
                 own = part(whole) if part else slice(0, whole)
+                if self.noise:
+                    drawn = torch.randn((whole, len(self._scale)), generator=noise_generator, device=self.device)[own]
+                if own.start == own.stop:
+                    continue
                 taken = slice(first + own.start, first + own.stop)
                 rows = start[taken, None] + self._offsets[mirrored[taken]]  # (B, H*W), or (B, 1) for whole images
                 pixels = self._rows.index_select(0, rows.flatten()).view(len(rows), -1).float()  # (B, H*W*C)
                 images = torch.addcmul(self._shift, pixels, self._scale)
                 if self.noise:
-                    drawn = torch.randn((whole, images.shape[1]), generator=noise_generator, device=self.device)
-                    images.addcmul_(drawn[own], self._noise_scale)
+                    images.addcmul_(drawn, self._noise_scale)
                 images = images.view(-1, height, width, channels).permute(0, 3, 1, 2)
-                if len(rows):
-                    yield Batch(images, labels[taken], index[taken])
+                yield Batch(images, labels[taken], index[taken])
 
         return batches()
 
