@@ -72,6 +72,12 @@ def _pooled(feature: Tensor) -> Tensor:
     return feature.mean(dim=(2, 3))
 
 
+@in_float32
+def _mean_square(feature: Tensor) -> Tensor:
+    """(B, C, H, W) -> (C,)."""
+    return feature.square().mean(dim=(0, 2, 3))
+
+
 def _pointwise(channels: int, out: int) -> nn.Sequential:
     """1x1 convolution and batch norm. Without an activation at the end, so that any target can be met."""
     return nn.Sequential(nn.Conv2d(channels, out, kernel_size=1, bias=False), nn.BatchNorm2d(out))
@@ -150,7 +156,7 @@ class VariationalInformation(HintMethod):
 
     @torch.no_grad()
     def _start(self, feature: Tensor) -> None:
-        variance = parallel.batch_mean(feature.float().square().mean(dim=(0, 2, 3)))
+        variance = parallel.batch_mean(_mean_square(feature))
         variance = variance.clamp(min=1e-4)  # a dead channel has to start somewhere
         self.raw_variance.copy_(variance + (-torch.expm1(-variance)).log())  # softplus gives the variance back
         self.started.fill_(True)

@@ -4,8 +4,9 @@ Every process of a group draws the same batches, sees a part of each, and takes 
 torch's DistributedDataParallel brings the gradients together. What is decided on the way is decided by the first
 process, which alone writes files. Outside of a group nothing here does anything.
 
-What a process computes from its part alone: batch norm's statistics, unless they are synchronized, and losses that
-relate images to each other (of hints sp, cc, rkd and pkt, of logits dist). All else is that of the whole batch.
+What a process computes from its part alone: batch norm's statistics, unless they are synchronized; losses that relate
+images to each other (of hints sp, cc, rkd and pkt, of logits dist); and hints that come from another image of the batch
+("shuffled"). All else is that of the whole batch.
 """
 
 import contextlib
