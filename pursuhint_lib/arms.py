@@ -22,10 +22,13 @@ import pandas as pd
 import torch
 from torch import nn
 
+from pursuhint_lib import parallel
 from pursuhint_lib.controls import ControlTeacher, control_teacher
 from pursuhint_lib.data import BatchSource
 from pursuhint_lib.features import FrozenTeacher
 from pursuhint_lib.hints import HintPair, HintPoints, pair_layers, select_hint_points
+from pursuhint_lib.jobs import Job
+from pursuhint_lib.launch import train_together
 from pursuhint_lib.learners import Distilled, Hint, SilentHint, balance_hints, check_hints, feature_key
 from pursuhint_lib.logit_losses import LOGIT_LOSSES
 from pursuhint_lib.methods import METHODS
@@ -304,12 +307,18 @@ class Distillation:
         """Train every arm that is not `same_as` another, seed by seed in lockstep, and keep the students in `folder`.
 
         seeds: some of the study's; all, if not given. report_to: where the heartbeat is written, if not in `folder`.
+        Where the parameters ask for several processes, these do it, see `launch.train_together`; they know only what
+        the notebooks before have left.
 
         Returns the histories of all arms and seeds; see `train_and_keep` for what is not trained again, and for errors.
         """
         trained = {arm.name: arm for arm in arms if not arm.same_as}
         keys = {name: self.key(arm) for name, arm in trained.items()}
         seeds, epochs = seeds or self.params.seeds, self.params.epochs
+        if self.params.processes > parallel.size() and any(unfinished(folder, keys, seed) for seed in seeds):
+            name = f"students-s{seeds[0]}" if len(seeds) == 1 else "students"
+            job = Job("04_distill_students", name, tuple(seeds), tuple(trained))
+            train_together(job, self.params, folder, report_to or folder)
         progress = Progress(report_to or folder, len(seeds) * len(trained) * epochs, "student epochs")
         histories = [
             train_and_keep(
@@ -323,6 +332,8 @@ class Distillation:
                 progress=progress,
                 dtype=self.dtype,
                 workers=self.params.workers,
+                processes=self.params.processes,
+                sync_batch_norm=self.params.sync_batch_norm,
             )
             for seed in seeds
         ]
@@ -372,7 +383,7 @@ def _code_hash() -> str:
         "learners",
         "logit_losses",
     ]
-    names += ["losses", "methods", "study", "training"]
+    names += ["losses", "methods", "parallel", "study", "training"]
     files = [here / f"{name}.py" for name in names] + sorted((here / "models").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -420,6 +431,8 @@ def train_and_keep(
     progress: Progress,
     dtype: torch.dtype = torch.float32,
     workers: int = 1,
+    processes: int = 1,
+    sync_batch_norm: bool = False,
 ) -> pd.DataFrame:
     """Train the students of one seed in lockstep, those that are not already there; keep each. Returns all their
     histories.
@@ -429,23 +442,29 @@ def train_and_keep(
     build(name) -> a learner with fresh weights. progress counts epochs of single students (arms x epochs). Returns
     one row per arm and epoch, as `training.fit`, in the order of `arms`.
 
-    Raises ValueError, one line, for a damaged student or checkpoint file; nothing is overwritten then.
+    processes: how many train the students together; each of them calls this (see `parallel`), and the first one alone
+    looks for files and writes them. They may be called for by one that is none of them when all is finished.
+
+    Raises ValueError, one line, for a damaged student or checkpoint file; nothing is overwritten then. Raises
+    RuntimeError for students that are to be trained by another number of processes than there are.
     """
     folder, seed = Path(folder), batches.seed
-    missing = {name: key for name, key in arms.items() if _kept_key(folder, name, seed) != key}
+    missing = parallel.from_first(lambda: unfinished(folder, arms, seed))
+    if missing and processes != parallel.size():
+        raise RuntimeError(
+            f"{', '.join(missing)} of seed {seed}: not what {processes} processes have left below {folder}; they know "
+            "only what the notebooks before have left there"
+        )
     checkpoint = folder / "checkpoints" / f"s{seed}.ckpt"
     keys_file = checkpoint.with_suffix(".json")  # which arms, under which keys, the checkpoint belongs to
-    begun = read_json(keys_file) if checkpoint.exists() and keys_file.exists() else {}
-    begun = [name for name, key in missing.items() if begun.get(name) == key]
-    if not begun:  # they are of other settings, or of students that are finished: never to be taken up again
-        checkpoint.unlink(missing_ok=True)
-        keys_file.unlink(missing_ok=True)
+    begun = parallel.from_first(lambda: _begun(missing, checkpoint, keys_file))
     if len(missing) < len(arms):
         kept = len(arms) - len(missing)
         progress.skip(f"seed {seed}: {kept} finished", by=kept * schedule.epochs)
     for group in (begun, [name for name in missing if name not in begun]):
         if group:
-            save_json({name: arms[name] for name in group}, keys_file)
+            if parallel.rank() == 0:
+                save_json({name: arms[name] for name in group}, keys_file)
             learners = {name: build(name) for name in group}
             history = fit(
                 learners,
@@ -457,12 +476,30 @@ def train_and_keep(
                 on_epoch=_reporter(progress, schedule.epochs),
                 dtype=dtype,
                 workers=workers,
+                sync_batch_norm=sync_batch_norm,
             )
-            for name, learner in learners.items():
-                _keep(folder, name, seed, learner, history[history["arm"] == name], arms[name])
-            checkpoint.unlink()
-            keys_file.unlink()
+            if parallel.rank() == 0:
+                for name, learner in learners.items():
+                    _keep(folder, name, seed, learner, history[history["arm"] == name], arms[name])
+                checkpoint.unlink()
+                keys_file.unlink()
+    parallel.wait_for_all()  # for the files of the first
     return pd.concat([read_table(_history_file(folder, name, seed)) for name in arms], ignore_index=True)
+
+
+def unfinished(folder: Path, arms: Mapping[str, str], seed: int) -> dict[str, str]:
+    """Of arms (name -> training key) those whose network of this seed `train_and_keep` has not left in `folder`."""
+    return {name: key for name, key in arms.items() if _kept_key(folder, name, seed) != key}
+
+
+def _begun(missing: Mapping[str, str], checkpoint: Path, keys_file: Path) -> list[str]:
+    """Of the missing arms those that the checkpoint holds. It is removed if it holds none."""
+    keys = read_json(keys_file) if checkpoint.exists() and keys_file.exists() else {}
+    begun = [name for name, key in missing.items() if keys.get(name) == key]
+    if not begun:  # they are of other settings, or of students that are finished: never to be taken up again
+        checkpoint.unlink(missing_ok=True)
+        keys_file.unlink(missing_ok=True)
+    return begun
 
 
 def _reporter(progress: Progress, epochs: int) -> Callable[[int, pd.DataFrame], None]:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from pursuhint_lib.arms import check_trained, kept_file, train_and_keep, training_key
+from pursuhint_lib import parallel
+from pursuhint_lib.arms import check_trained, kept_file, train_and_keep, training_key, unfinished
+from pursuhint_lib.jobs import Job
+from pursuhint_lib.launch import train_together
 from pursuhint_lib.learners import Supervised
 from pursuhint_lib.models import load_model
 from pursuhint_lib.params import TrainTeacher
@@ -21,7 +24,7 @@ from pursuhint_lib.training import Schedule, torch_threads
 @dataclass(frozen=True)
 class Baselines:
     """Images and recipes of the networks that learn from labels alone. Each is trained once and kept, see
-    `arms.train_and_keep`.
+    `arms.train_and_keep`; by several processes, where the parameters ask for them, see `launch.train_together`.
     """
 
     params: TrainTeacher
@@ -57,17 +60,21 @@ class Baselines:
         failed, and what `pretrained.load_weights` and `arms.train_and_keep` raise.
         """
         p, histories, seeds = self.params, [], self.teachers
-        with torch_threads(max(1, p.threads // p.workers)):
+        with torch_threads(max(1, p.threads // (p.workers * p.processes))):
             if p.teacher_weights:
-                network = load_weights(fresh_network(p.teacher, self.images, p.teacher_seed), p.teacher_weights)
                 del seeds["teacher"]
-                histories.append(keep_pretrained(folder, network, p.teacher_seed, self._validation(), self.dtype))
+                if parallel.size() == 1:
+                    network = load_weights(fresh_network(p.teacher, self.images, p.teacher_seed), p.teacher_weights)
+                    histories.append(keep_pretrained(folder, network, p.teacher_seed, self._validation(), self.dtype))
             if seeds:
                 schedule, facts = self.teacher_schedule, self._facts()
                 recipe = {"network": p.teacher, "schedule": asdict(schedule)}
+                keys = {name: training_key(seed=seed, **recipe, **facts) for name, seed in seeds.items()}
+                if p.processes > parallel.size() and unfinished(folder, keys, p.teacher_seed):
+                    train_together(Job("01_train_teacher", "teachers"), p, folder, report_to or folder)
                 history = train_and_keep(
                     folder,
-                    {name: training_key(seed=seed, **recipe, **facts) for name, seed in seeds.items()},
+                    keys,
                     lambda name: Supervised(fresh_network(p.teacher, self.images, seeds[name])),
                     training_batches(p, self.images, p.batch_size, p.teacher_seed, self.device),
                     schedule,
@@ -75,8 +82,11 @@ class Baselines:
                     progress=Progress(report_to or folder, p.teacher_epochs * len(seeds), "teachers"),
                     dtype=self.dtype,
                     workers=p.workers,
+                    processes=p.processes,
+                    sync_batch_norm=p.sync_batch_norm,
                 )
-                check_trained(history, "teacher_learning_rate")
+                if parallel.size() == 1:  # of a group, whoever has started it will say so
+                    check_trained(history, "teacher_learning_rate")
                 histories.append(history)
         return pd.concat(histories, ignore_index=True)
 
@@ -87,10 +97,13 @@ class Baselines:
         Returns the histories; see `train_teachers`.
         """
         p, seeds = self.params, seeds or self.params.seeds
-        progress = Progress(report_to or folder, p.epochs * len(seeds), "unaided students")
         histories = []
-        with torch_threads(p.threads):
+        with torch_threads(max(1, p.threads // p.processes)):
             key = training_key(network=p.student, schedule=asdict(self.student_schedule), **self._facts())
+            if p.processes > parallel.size() and any(unfinished(folder, {"unaided": key}, seed) for seed in seeds):
+                name = f"unaided-s{seeds[0]}" if len(seeds) == 1 else "unaided"
+                train_together(Job("01_train_teacher", name, tuple(seeds)), p, folder, report_to or folder)
+            progress = Progress(report_to or folder, p.epochs * len(seeds), "unaided students")
             for seed in seeds:
                 history = train_and_keep(
                     folder,
@@ -101,8 +114,11 @@ class Baselines:
                     validation=self._validation(),
                     progress=progress,
                     dtype=self.dtype,
+                    processes=p.processes,
+                    sync_batch_norm=p.sync_batch_norm,
                 )
-                check_trained(history, "learning_rate")
+                if parallel.size() == 1:
+                    check_trained(history, "learning_rate")
                 histories.append(history)
         return pd.concat(histories, ignore_index=True)
 

@@ -23,7 +23,7 @@ import socket
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -547,6 +547,9 @@ class Batch(NamedTuple):
     index: Tensor
 
 
+Part = Callable[[int], slice]  # number of images of a batch -> a slice of its rows, with start and stop
+
+
 class BatchSource:
     """Batches of a set of images, pass by pass: `Batches` of images in memory, `folders.FolderBatches` of images on
     disk. Order, crops and flips of a pass depend on (seed, epoch) alone.
@@ -567,8 +570,16 @@ class BatchSource:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} x {self.batch_size} of {self.image_set!r} on {self.device})"
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of pass `epoch` (0, 1, ...). They may be taken in any order, left early or read side by side."""
+    def images_in(self, step: int) -> int:
+        """Number of images of a batch, counted from 0."""
+        return min(self.batch_size, len(self.image_set) - step * self.batch_size)
+
+    def epoch(self, epoch: int, part: Part | None = None) -> Iterator[Batch]:
+        """The batches of pass `epoch` (0, 1, ...). They may be taken in any order, left early or read side by side.
+
+        part: which rows of a batch of so many images are wanted, if not all. They are what they are in the whole
+        batch; a batch of which none is wanted is left out.
+        """
         raise NotImplementedError
 
 
@@ -649,8 +660,8 @@ class Batches(BatchSource):
             values.float().repeat(height * width).to(self.device) for values in factors
         )
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of pass `epoch` (0, 1, ...). They may be taken in any order, left early or read side by side."""
+    def epoch(self, epoch: int, part: Part | None = None) -> Iterator[Batch]:
+        """See `BatchSource.epoch`. The noise of a whole batch is drawn, whatever part of it is wanted."""
         n, (channels, height, width) = len(self.image_set), self.image_set.images.shape[1:]
         index = torch.arange(n)
         if self.shuffle:
@@ -669,12 +680,17 @@ class Batches(BatchSource):
 
         def batches() -> Iterator[Batch]:
             for first in range(0, len(self) * self.batch_size, self.batch_size):
-                taken = slice(first, first + self.batch_size)
+                whole = min(self.batch_size, n - first)
+                own = part(whole) if part else slice(0, whole)
+                if self.noise:
+                    drawn = torch.randn((whole, len(self._scale)), generator=noise_generator, device=self.device)[own]
+                if own.start == own.stop:
+                    continue
+                taken = slice(first + own.start, first + own.stop)
                 rows = start[taken, None] + self._offsets[mirrored[taken]]  # (B, H*W), or (B, 1) for whole images
                 pixels = self._rows.index_select(0, rows.flatten()).view(len(rows), -1).float()  # (B, H*W*C)
                 images = torch.addcmul(self._shift, pixels, self._scale)
                 if self.noise:
-                    drawn = torch.randn(images.shape, generator=noise_generator, device=self.device)
                     images.addcmul_(drawn, self._noise_scale)
                 images = images.view(-1, height, width, channels).permute(0, 3, 1, 2)
                 yield Batch(images, labels[taken], index[taken])

@@ -30,6 +30,7 @@ from pursuhint_lib.data import (
     BatchSource,
     ImageFile,
     ImageSet,
+    Part,
     checked_statistics,
     count_batches,
     data_folder,
@@ -221,11 +222,13 @@ class FolderBatches(BatchSource):
             values.float().repeat(height * width).to(self.device) for values in (1 / (255 * std), -mean / std)
         )
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of pass `epoch` (0, 1, ...). They may be taken in any order, left early or read side by side."""
+    def epoch(self, epoch: int, part: Part | None = None) -> Iterator[Batch]:
+        """See `BatchSource.epoch`. Only the images that are wanted are decoded."""
         n = len(self.image_set)
         order = shuffled_order(n, self.seed, epoch, self.stream) if self.shuffle else torch.arange(n)
         indices = list(order.split(self.batch_size))[: len(self)]
+        if part:
+            indices = [own for own in (index[part(len(index))] for index in indices) if len(own)]
         purposes = [self.stream + purpose for purpose, on in (("crop", self.crop), ("flip", self.flip)) if on]
         for purpose in purposes:
             seeded_generator(purpose, self.seed, epoch)  # refuses impossible numbers here, not in a process

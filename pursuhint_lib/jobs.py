@@ -73,17 +73,18 @@ def run_job(job: Job, params: Mapping[str, Any], folder: Path, spool: Path | Non
     params = STAGES[job.stage].model_validate(params)
     device = resolve_device(params.device)
     dtype = resolve_precision(params.precision, device)
-    torch.set_num_threads(max(1, params.threads // getattr(params, "workers", 1)))
     images = _images(params)
     if job.stage == "02_profile_layers":
         from pursuhint_lib.teachers import keep_similarities
 
+        torch.set_num_threads(params.threads)
         return [keep_similarities(params, images, device, job.name, _other_teachers(params.study)[job.name], folder)]
 
     from pursuhint_lib.arms import kept_file, load_distillation, log_students
     from pursuhint_lib.baselines import Baselines
     from pursuhint_lib.tracking import SpooledRun
 
+    torch.set_num_threads(max(1, params.threads // (params.workers * params.processes)))
     if spool:
         spool.unlink(missing_ok=True)  # of an earlier try
     run = SpooledRun(params.study, job.stage, "", spool) if spool else None

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from pursuhint_lib import parallel
 from pursuhint_lib.data import Batch
 from pursuhint_lib.features import FeatureExtractor, Observation
 from pursuhint_lib.hints import HintPair
@@ -346,13 +347,13 @@ def shares_of_gradient(learner: nn.Module, terms: Mapping[str, Tensor]) -> dict[
     """The norm of each weighted term's gradient with respect to the student's parameters, over the sum of all norms.
 
     terms: what `losses` returned; its graph is kept. A gradient that is mere rounding counts as none. Keys: the terms'
-    names; none, if no term is weighted.
+    names; none, if no term is weighted. Of a batch that is divided among processes, the gradient is the whole's.
     """
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     norms = {}
     for name, term in weighted_terms(terms).items():
         norm = _square_norm(term, parameters) ** 0.5
-        norms[name] = 0.0 if norm <= ROUNDING * abs(float(term.detach())) else norm
+        norms[name] = 0.0 if norm <= ROUNDING * abs(float(parallel.batch_mean(term.detach()))) else norm
     total = sum(norms.values())
     return {name: norm / total if total else 0.0 for name, norm in norms.items()}
 
@@ -380,8 +381,8 @@ def _pair_names(learner: Distilled) -> list[str]:
 def _square_norm(term: Tensor, parameters: list[nn.Parameter]) -> float:
     if not term.requires_grad:
         return 0.0
-    gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-    return sum(float(g.double().square().sum()) for g in gradients if g is not None)
+    gradients = torch.autograd.grad(parallel.part_of_mean(term), parameters, retain_graph=True, allow_unused=True)
+    return sum(float(parallel.batch_sum(g).double().square().sum()) for g in gradients if g is not None)
 
 
 def _method(hint: Hint) -> type[HintMethod]:

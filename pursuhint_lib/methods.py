@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pursuhint_lib import parallel
 from pursuhint_lib.data import Batch
 from pursuhint_lib.hint_losses import (
     ab_loss,
@@ -51,12 +52,15 @@ class HintMethod(nn.Module):
     joint: built for all pairs of a hint at once, as the pairs depend on each other; see `ReviewKD`, the only one.
     warm_up: part of the training during which the weight should rise linearly from 0.
     pre_stage: part of the training that comes before the main part; see `ActivationBoundaries`, `FactorTransfer`.
+    one_process: cannot be trained by several processes together, see `parallel`. Methods that relate the images of a
+    batch to each other (sp, cc, rkd, pkt) then see each process's part of it only.
     """
 
     published_weight: float
     joint = False
     warm_up = 0.0
     pre_stage = 0.0
+    one_process = False
 
     def __init__(self, student_shape: Shape, teacher_shape: Shape, labels: Tensor):
         super().__init__()
@@ -66,6 +70,12 @@ class HintMethod(nn.Module):
 def _pooled(feature: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C), the spatial mean."""
     return feature.mean(dim=(2, 3))
+
+
+@in_float32
+def _mean_square(feature: Tensor) -> Tensor:
+    """(B, C, H, W) -> (C,)."""
+    return feature.square().mean(dim=(0, 2, 3))
 
 
 def _pointwise(channels: int, out: int) -> nn.Sequential:
@@ -146,7 +156,8 @@ class VariationalInformation(HintMethod):
 
     @torch.no_grad()
     def _start(self, feature: Tensor) -> None:
-        variance = feature.float().square().mean(dim=(0, 2, 3)).clamp(min=1e-4)  # a dead channel has to start somewhere
+        variance = parallel.batch_mean(_mean_square(feature))
+        variance = variance.clamp(min=1e-4)  # a dead channel has to start somewhere
         self.raw_variance.copy_(variance + (-torch.expm1(-variance)).log())  # softplus gives the variance back
         self.started.fill_(True)
 
@@ -239,6 +250,7 @@ class ContrastiveRepresentation(HintMethod):
     """
 
     published_weight = 0.8
+    one_process = True  # a bank would have to learn of all processes' images, in the order of one
     temperature = 0.07
     momentum = 0.5
 
@@ -350,8 +362,8 @@ class Overhaul(HintMethod):
 
     @torch.no_grad()
     def _count(self, feature: Tensor) -> None:
-        self.negative_sum += feature.float().clamp(max=0).sum(dim=(2, 3)).double().sum(dim=0)
-        self.negative_count += (feature < 0).sum(dim=(0, 2, 3))
+        self.negative_sum += parallel.batch_sum(feature.float().clamp(max=0).sum(dim=(2, 3)).double().sum(dim=0))
+        self.negative_count += parallel.batch_sum((feature < 0).sum(dim=(0, 2, 3)))
 
 
 # ---- ReviewKD ----

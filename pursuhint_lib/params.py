@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from pursuhint_lib.storage import REPOSITORY, home
 
@@ -117,6 +117,35 @@ class StudentTraining(Study):
     learning_rate: Positive = 0.1
     momentum: Annotated[float, _NUMBER, Field(ge=0, lt=1)] = 0.9
     weight_decay: Weight = 5e-4
+    # Processes that train each network together, each on its part of a batch, with a GPU of its own or with threads //
+    # processes threads, at least 1. Hints sp, cc, rkd and pkt and logits dist then relate the images of a part only.
+    processes: Count = 1
+    sync_batch_norm: bool = False  # with processes: normalize by the statistics of the whole batch, as one process does
+
+    @field_validator("processes")
+    @classmethod
+    def _enough_for_each(cls, processes: int, info: ValidationInfo) -> int:
+        batch_size = info.data.get("batch_size", 2 * processes)
+        if processes > 1 and batch_size < 2 * processes:
+            raise ValueError(
+                f"a batch of {batch_size} leaves some fewer than 2 images (allowed: 1 to {max(1, batch_size // 2)})"
+            )
+        return processes
+
+    @field_validator("sync_batch_norm")
+    @classmethod
+    def _of_several(cls, sync_batch_norm: bool, info: ValidationInfo) -> bool:
+        if sync_batch_norm and info.data.get("processes", 2) == 1:
+            raise ValueError("there is nothing to synchronize with processes = 1 (allowed: false)")
+        return sync_batch_norm
+
+    @field_validator("workers", check_fields=False)
+    @classmethod
+    def _in_turn(cls, workers: int, info: ValidationInfo) -> int:
+        processes = info.data.get("processes", 1)
+        if workers > 1 and processes > 1:
+            raise ValueError(f"with processes = {processes} the networks take their steps in turn (allowed: 1)")
+        return workers
 
 
 class TrainTeacher(StudentTraining, Networks, Hardware, Images):
@@ -436,9 +465,26 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
 
     shape = _check_images(profile, file)
     try:
-        resolve_device(profile.device)
+        device = resolve_device(profile.device)
     except ValueError as error:  # "device = 'cuda': ..."
         raise ParameterError(f"{file}: common.{error}") from None
+    if distill.processes > 1:
+        alone = [name for name in used if name in METHODS and METHODS[name].one_process]
+        if alone:
+            raise ParameterError(
+                f"{file}: common.processes = {distill.processes}: {alone[0]} remembers what each image was, which "
+                f"several processes cannot (allowed: 1, or methods without {alone[0]})"
+            )
+        if device.index is not None:
+            raise ParameterError(
+                f"{file}: common.device = {profile.device!r}: each of {distill.processes} processes has a GPU of its "
+                "own (allowed: auto, cuda, cpu)"
+            )
+        if device.type == "cuda" and distill.processes > torch.cuda.device_count():
+            raise ParameterError(
+                f"{file}: common.processes = {distill.processes}: more than the GPUs of this machine "
+                f"(allowed: 1 to {torch.cuda.device_count()})"
+            )
 
     teacher = params["01_train_teacher"]
     candidates = {}  # role -> how many layers it has to choose from

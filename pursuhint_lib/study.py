@@ -12,7 +12,7 @@ from pursuhint_lib.data import Batches, BatchSource, ImageSet, balanced_subset, 
 from pursuhint_lib.folders import IMAGENET_MEAN, IMAGENET_STD, FolderBatches, FolderSet, load_folders
 from pursuhint_lib.learners import seeded
 from pursuhint_lib.models import build_model
-from pursuhint_lib.params import Images
+from pursuhint_lib.params import Images, StudentTraining
 
 STATISTICS_IMAGES = 2000  # channel means of photographs are then known to about 0.003
 FIXED_BATCH_SIZE = 250  # one for all: noise is drawn batch by batch
@@ -147,13 +147,16 @@ def fresh_network(name: str, images: StudyImages, seed: int) -> nn.Module:
 
 
 def training_facts(
-    params: Images, images: StudyImages, batch_size: int, device: torch.device, dtype: torch.dtype
+    params: StudentTraining, images: StudyImages, batch_size: int, device: torch.device, dtype: torch.dtype
 ) -> dict:
     """What decides a trained network besides its own recipe: images, disturbance, batches, arithmetic. For
-    `arms.training_key`.
+    `arms.training_key`. Of several processes that train it, the parameters tell how many threads each has.
     """
     disturbance = {key: getattr(params, key) for key in ("noise", "crop_padding", "flip", "split_seed")}
     if params.streaming:  # named only then, so that networks trained on images in memory keep their keys
         disturbance["streaming"] = True
     arithmetic = {"device": device.type, "dtype": str(dtype), "threads": torch.get_num_threads()}
+    if params.processes > 1:  # named only then, as streaming
+        arithmetic |= {"threads": max(1, params.threads // params.processes), "processes": params.processes}
+        arithmetic["sync_batch_norm"] = params.sync_batch_norm
     return {"images": images.facts(), "disturbance": disturbance, "batch_size": batch_size, "arithmetic": arithmetic}

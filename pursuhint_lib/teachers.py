@@ -16,7 +16,7 @@ from pursuhint_lib.params import ProfileLayers
 from pursuhint_lib.profiling import profile_layers
 from pursuhint_lib.progress import Progress
 from pursuhint_lib.storage import read_table, run_folder, save_table
-from pursuhint_lib.study import StudyImages, probe_batches, training_facts
+from pursuhint_lib.study import StudyImages, probe_batches
 
 SIMILARITIES = "similarities.csv"  # in a job's folder; columns: key, metric, layer, and every layer
 
@@ -88,8 +88,10 @@ def _key(
     facts = {
         "network": state_hash(network),
         "layers": layers,
+        "images": images.facts(),
+        **params.model_dump(include={"noise", "split_seed", "streaming"}),
         **params.model_dump(include={"probe_images", "pooling_grid", "similarity_metrics"}),
-        **training_facts(params, images, 0, device, torch.float32),
+        "arithmetic": {"device": device.type, "threads": torch.get_num_threads()},
         "code": hashlib.sha256(code).hexdigest(),
         "torch": torch.__version__,
     }

@@ -2,7 +2,8 @@
 
 `fit` trains any number of learners in lockstep: each batch is drawn once and seen once by the teacher, then every
 learner takes its step. Learners do not influence each other: the same learner gives the same bytes alone or in
-company, in one go or interrupted and resumed (same CPU, same number of threads).
+company, in one go or interrupted and resumed (same CPU, same number of threads). Several processes may train them
+together, see `parallel`: all of them call `fit` alike.
 """
 
 import contextlib
@@ -21,7 +22,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pursuhint_lib.data import Batch, BatchSource
+from pursuhint_lib import parallel
+from pursuhint_lib.data import Batch, BatchSource, Part
 from pursuhint_lib.features import FrozenTeacher, Observation
 from pursuhint_lib.learners import shares_of_gradient, weighted_terms
 from pursuhint_lib.storage import written_whole
@@ -106,12 +108,15 @@ def _predict_all(
     batches: BatchSource,
     dtype: torch.dtype,
     each: Callable[[Callable, Iterable], list],
+    part: Part | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """As `predict` for several networks, each batch being drawn (or decoded) once. each(do, names): see `_Workers`."""
+    """As `predict` for several networks, each batch being drawn (or decoded) once. each(do, names): see `_Workers`.
+    part: of each batch, see `BatchSource.epoch`; there may be no image in it.
+    """
     modes = {name: model.training for name, model in models.items()}
     logits: dict[str, list[Tensor]] = {name: [] for name in models}
     labels = []
-    for batch in batches.epoch(0):
+    for batch in _pass(batches, 0, part):
 
         def look(name: str, batch=batch) -> None:
             with torch.no_grad(), autocast(batch.images.device, dtype):  # a thread has its own grad mode
@@ -121,7 +126,13 @@ def _predict_all(
         labels.append(batch.labels)
     for name, model in models.items():
         model.train(modes[name])
+    if not labels:
+        return {name: torch.empty(0, 1) for name in models}, torch.empty(0, dtype=torch.int64)
     return {name: torch.cat(rows).cpu() for name, rows in logits.items()}, torch.cat(labels).cpu()
+
+
+def _pass(batches: BatchSource, epoch: int, part: Part | None) -> Iterator[Batch]:
+    return batches.epoch(epoch, part) if part else batches.epoch(epoch)
 
 
 def fit(
@@ -135,6 +146,7 @@ def fit(
     on_epoch: Callable[[int, pd.DataFrame], None] | None = None,
     dtype: torch.dtype = torch.float32,
     workers: int = 1,
+    sync_batch_norm: bool = False,
 ) -> pd.DataFrame:
     """Train all learners on the same batches, the teacher looking at each batch once. One row per learner and epoch.
 
@@ -155,20 +167,35 @@ def fit(
     looks at the next batch. It changes no bit, and pays for networks too small to keep several cores busy alone.
     Learners that draw random numbers as they train (dropout) take turns, because they share one generator.
 
-    Raises ValueError for a damaged checkpoint or one of other learners.
+    In a group of processes (see `parallel`) every process takes its part of each batch and the learners take turns;
+    all end with the same networks and the same history, of all images. The first one's learners are trained, and it
+    alone writes the checkpoint. sync_batch_norm: batch norm then normalizes by the statistics of the whole batch, so
+    that the networks are, up to rounding, those of one process; otherwise by those of each process's part, whose mean
+    is kept. Dropout draws other masks than in one process.
+
+    Raises ValueError for a damaged checkpoint or one of other learners, and what `parallel.losses_of` raises.
     """
+    together = parallel.size() > 1
     device = batches.device
     learners = {name: learner.to(device, memory_format=torch.channels_last) for name, learner in learners.items()}
     optimizers = {name: _optimizer(learner, schedule) for name, learner in learners.items()}
     state = {"epoch": 0, "rows": [], "failed": []}
-    if checkpoint is not None and Path(checkpoint).exists():
+    if checkpoint is not None and parallel.from_first(Path(checkpoint).exists):
         state = _load_checkpoint(Path(checkpoint), learners, optimizers)
+        parallel.wait_for_all()  # before the first could remove it
+    losses_of = {name: parallel.losses_of(learner) for name, learner in learners.items()}
+    for learner in learners.values():
+        learner.silent = parallel.from_first(lambda learner=learner: learner.silent)
     random_state = torch.get_rng_state()
     wanted = list(dict.fromkeys(layer for learner in learners.values() for layer in learner.teacher_layers))
     if not any(learner.needs_teacher for learner in learners.values()):
         teacher = None
 
-    with _Workers(workers if device.type == "cpu" else 1) as pool:
+    synchronized = learners.values() if together and sync_batch_norm else ()
+    with (
+        _Workers(workers if device.type == "cpu" and not together else 1) as pool,
+        parallel.synchronized_batch_norm(synchronized),
+    ):
         for epoch in range(state["epoch"], schedule.epochs):
             started = time.perf_counter()
             active = {name: learner for name, learner in learners.items() if name not in state["failed"]}
@@ -177,10 +204,11 @@ def fit(
             means = {name: _Means() for name in active}
             for learner in active.values():
                 learner.train()
-            observed = _observed(batches.epoch(epoch), teacher, wanted, device, dtype, pool)
+            own = _pass(batches, epoch, parallel.training_part_of if together else None)
+            observed = _observed(own, teacher, wanted, device, dtype, pool)
             for step, (batch, observation) in enumerate(observed):
                 progress = (epoch + step / len(batches)) / schedule.epochs
-                seed = batches.seed * 1_000_003 + epoch * len(batches) + step
+                seed = batches.seed * 1_000_003 + epoch * len(batches) + step + (parallel.rank() << 40)
 
                 def take_step(name: str, batch=batch, observation=observation, progress=progress, seed=seed) -> None:
                     learner = active[name]
@@ -188,20 +216,26 @@ def fit(
                         return
                     _seed_dropout(device, seed)
                     with autocast(device, dtype):
-                        terms = learner.losses(batch, observation, progress)
+                        terms, loss = losses_of[name](batch, observation, progress)
                     measured = means[name].gradient_shares
                     if any(term not in measured for term in weighted_terms(terms)):  # at first, and when one joins
                         shares = shares_of_gradient(learner, terms)
                         measured |= shares
-                        learner.silent = _silent(terms, shares)
-                    _step(optimizers[name], terms["loss"], schedule.learning_rate_at(progress))
-                    means[name].add(terms, len(batch.labels))
+                        silent = _silent(terms, shares)
+                        learner.silent = parallel.from_first(lambda: silent)
+                    _step(optimizers[name], loss, schedule.learning_rate_at(progress))
+                    means[name].add(terms, len(batch.labels) if parallel.counts_here() else 0)
 
-                pool.each(take_step, active)
+                with parallel.divided(len(batch.labels), batches.images_in(step) if together else len(batch.labels)):
+                    pool.each(take_step, active)
 
+            if together and not sync_batch_norm:
+                for learner in active.values():
+                    parallel.average_batch_norm(learner)
             if validation is not None:
                 models = {name: learner.model for name, learner in active.items()}
-                logits, labels = _predict_all(models, validation, dtype, pool.each)
+                part = parallel.part_of if together else None
+                logits, labels = _predict_all(models, validation, dtype, pool.each, part)
             rows = []
             for name, learner in active.items():
                 row = {
@@ -212,17 +246,17 @@ def fit(
                 }
                 row |= means[name].row()
                 if validation is not None:
-                    row["val_accuracy"] = float((logits[name].argmax(1) == labels).double().mean())
-                    row["val_loss"] = float(nn.functional.cross_entropy(logits[name].double(), labels))
+                    row |= _validated(logits[name], labels)
                 rows.append(row | _status(learner, row))
             seconds = time.perf_counter() - started
+            rows = parallel.from_first(lambda rows=rows: rows)
             for row in rows:
                 row |= {"seconds": seconds, "finished": time.time()}
                 if row["status"] == "failed":
                     state["failed"].append(row["arm"])
             state["rows"] += rows
             state["epoch"] = epoch + 1
-            if checkpoint is not None:
+            if checkpoint is not None and parallel.rank() == 0:
                 _save_checkpoint(Path(checkpoint), state, learners, optimizers)
             if on_epoch is not None:
                 on_epoch(epoch + 1, pd.DataFrame(rows))
@@ -338,11 +372,12 @@ def _step(optimizer: torch.optim.SGD, loss: Tensor, rate: float) -> None:
 
 def _silent(terms: Mapping[str, Tensor], gradient_shares: Mapping[str, float]) -> str:
     """Which term of the loss teaches nothing, in words; empty when there is none, or when the loss is not finite."""
-    if not bool(terms["loss"].isfinite()):
+    if not bool(parallel.batch_mean(terms["loss"]).isfinite()):
         return ""
     for name, share in gradient_shares.items():
         if share == 0:
-            return f"the term {name} is zero" if terms[name] == 0 else f"the term {name} gives the student no gradient"
+            zero = parallel.batch_mean(terms[name]) == 0
+            return f"the term {name} is zero" if zero else f"the term {name} gives the student no gradient"
     return ""
 
 
@@ -361,13 +396,27 @@ class _Means:
                 self._images[name] = self._images.get(name, 0) + images
 
     def row(self) -> dict[str, float]:
-        """The terms' columns of a history."""
-        means = {name: float(total) / self._images[name] for name, total in self._sums.items()}
+        """The terms' columns of a history, of all processes' images."""
+        sums = parallel.total({name: float(total) for name, total in self._sums.items()})
+        images = parallel.total(self._images)
+        means = {name: total / images[name] for name, total in sums.items()}
         row = {name: mean for name, mean in means.items() if not name.startswith("weighted_")}
-        parts = {name.removeprefix("weighted_"): float(self._sums[name]) for name in self._sums if _is_part(name)}
+        parts = {name.removeprefix("weighted_"): total for name, total in sums.items() if _is_part(name)}
         whole = sum(map(abs, parts.values()))
         row |= {f"loss_share_{name}": part / whole if whole else 0.0 for name, part in parts.items()}
         return row | {f"gradient_share_{name}": share for name, share in self.gradient_shares.items()}
+
+
+def _validated(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """The columns of a history that come from validation. logits (N, K), labels (N,), of this process's images."""
+    sums = parallel.total(
+        {
+            "val_accuracy": int((logits.argmax(1) == labels).sum()),
+            "val_loss": float(nn.functional.cross_entropy(logits.double(), labels, reduction="sum")),
+            "images": len(labels),
+        }
+    )
+    return {name: sums[name] / sums["images"] for name in ("val_accuracy", "val_loss")}
 
 
 def _is_part(name: str) -> bool:

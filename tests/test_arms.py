@@ -131,6 +131,8 @@ CHANGES_STUDENTS = {
     "learning_rate": (0.2, {}),
     "momentum": (0.8, {}),
     "weight_decay": (1e-3, {}),
+    "processes": (2, {}),
+    "sync_batch_norm": (True, {"processes": 2}),
     "methods": (["fitnet"], {}),
     "ce_weight": (0.5, {}),
     "kd_weight": (0.5, {}),

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from pursuhint_lib.data import Batches, balanced_subset, channel_stats, hold_out, load_images
+from pursuhint_lib import folders
+from pursuhint_lib.data import Batches, balanced_subset, channel_stats, hold_out, load_images, read_image
 from pursuhint_lib.folders import FolderBatches, FolderSet, evaluation_view, load_folders, training_view
 from pursuhint_lib.learners import Supervised, seeded
 from pursuhint_lib.models import state_hash
@@ -345,6 +346,19 @@ def test_a_study_trains_on_crops_and_evaluates_on_centers_of_images_on_disk(para
 def test_the_statistics_that_torchvisions_weights_expect_are_used_where_asked_for(params):
     images = study_images(params.model_copy(update={"channel_statistics": "imagenet"}))
     assert images.mean.tolist() == [0.485, 0.456, 0.406] and images.std.tolist() == [0.229, 0.224, 0.225]
+
+
+def test_a_part_of_a_batch_is_what_it_is_in_the_whole_and_no_other_image_is_decoded(train, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(folders, "read_image", lambda path: decoded.append(path) or read_image(path))
+    whole = list(training(train).epoch(2))
+    decoded.clear()
+    parts = list(training(train).epoch(2, lambda images: slice(images // 2, images)))
+    assert [len(batch.labels) for batch in whole] == [7, 7, 7, 3] and len(decoded) == 4 + 4 + 4 + 2
+    for batch, part in zip(whole, parts, strict=True):
+        first = len(batch.labels) // 2
+        assert all(torch.equal(of[first:], own) for of, own in zip(batch, part, strict=True))
+    assert [len(batch.labels) for batch in training(train).epoch(2, lambda images: slice(0, images - 3))] == [4, 4, 4]
 
 
 def test_keys_of_trained_networks_name_streaming_only_where_it_is_on_and_loaders_never(params):

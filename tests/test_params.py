@@ -79,6 +79,8 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ("common__learning_rate", float("inf"), ["common.learning_rate = inf", "finite"]),
         ("common__data", "digit", ["common.data = 'digit'", "'digits'", "'cifar100'"]),
         ("common__seeds", [0, 0], ["common.seeds", "0 twice"]),
+        ("common__processes", 33, ["common.processes = 33", "a batch of 64", "fewer than 2 images", "1 to 32"]),
+        ("common__sync_batch_norm", True, ["common.sync_batch_norm = True", "processes = 1", "allowed: false"]),
         ("common__seeds", [], ["common.seeds = []", "at least 1"]),
         ("common__device", "gpu", ["common.device = 'gpu'"]),
         ("evaluate__confidence", 1.5, ["evaluate.confidence = 1.5", "less than 1"]),
@@ -278,6 +280,27 @@ def test_a_file_that_is_no_parameter_file_is_one_line(tmp_path, content, says):
 def test_an_unknown_study_is_answered_with_those_there_are():
     with pytest.raises(ParameterError, match="no study 'digit': params/ holds .*digits.*did you mean 'digits'"):
         params.study_file("digit")
+
+
+def test_networks_that_several_processes_train_take_their_steps_in_turn(tmp_path):
+    assert load(tmp_path, common__processes=2, common__sync_batch_norm=True)["01_train_teacher"].workers == 1
+    for section in ("train_teacher", "distill_students"):
+        with pytest.raises(ParameterError, match=rf"{section}.workers = 2: with processes = 2 .* \(allowed: 1\)$"):
+            load(tmp_path, common__processes=2, **{f"{section}__workers": 2})
+
+
+def test_several_processes_are_refused_a_method_that_keeps_a_bank_and_one_gpu_for_all(tmp_path, monkeypatch):
+    together = load(tmp_path, common__processes=2, distill_students__methods=["at", "dkd+crd@last"])
+    with pytest.raises(
+        ParameterError, match="common.processes = 2: crd remembers .* \\(allowed: 1, or methods without"
+    ):
+        check_names(together, "smoke.yaml")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(ParameterError, match="common.device = 'cuda:1': each of 2 processes has a GPU of its own"):
+        check_names(load(tmp_path, common__processes=2, common__device="cuda:1"), "smoke.yaml")
+    with pytest.raises(ParameterError, match="common.processes = 5: more than the GPUs .*allowed: 1 to 4"):
+        check_names(load(tmp_path, common__processes=5, common__device="cuda"), "smoke.yaml")
 
 
 def test_a_notebook_reads_its_own_cell_again():
