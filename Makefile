@@ -41,7 +41,7 @@ help: ## explain the targets
 	@echo "  EXECUTOR=     local or slurm: train in jobs        make reproduce EXECUTOR=local JOBS=2"
 	@echo "  JOBS=number   at most so many jobs at a time"
 	@echo "  JOB_CORES=    CPU cores of a job; the study's threads, if not given"
-	@echo "  JOB_GPUS=     GPUs of a job; one where the study asks for a GPU, if not given"
+	@echo "  JOB_GPUS=     GPUs of a job; one for each of the study's processes, if not given"
 	@echo "  SLURM='...'   options of sbatch                    make reproduce EXECUTOR=slurm SLURM='time=600'"
 	@echo "  ARM=, SEED=   which student to export              make export ARM=kd SEED=0"
 	@echo "  DATA=folder   where the images lie                 make reproduce STUDY=cifar100_quick DATA=/data"

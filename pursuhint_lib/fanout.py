@@ -117,8 +117,9 @@ class FanOut:
         """
         if self.executor == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
             raise ParameterError("EXECUTOR = 'slurm': there is no sbatch here (allowed: local; slurm where Slurm is)")
-        threads = parameters.get("threads", 1) * parameters.get("processes", 1)
-        cores, device = self.cores or threads, parameters.get("device", "cpu")
+        # Several processes that train one network together share the threads, and have a GPU each.
+        threads, processes = parameters.get("threads", 1), parameters.get("processes", 1)
+        cores, device = self.cores or max(threads, processes), parameters.get("device", "cpu")
         if ":" in device and self.executor == "local":
             raise ParameterError(
                 f"device = {device!r}: names one GPU, and jobs are given one each (allowed: auto, cuda)"
@@ -126,7 +127,7 @@ class FanOut:
         there = visible_gpus()
         gpus = self.gpus
         if gpus is None:
-            gpus = int(device.startswith("cuda") or (device == "auto" and bool(there)))
+            gpus = processes if device.startswith("cuda") or (device == "auto" and there) else 0
         if gpus and device == "cpu":
             raise ParameterError(f"JOB_GPUS = {gpus}: device is 'cpu' (allowed: 0)")
         if self.executor == "slurm":

@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None, sources: Sources | None = None) -> 
                 ("--executor", "run independent work as jobs: local (processes here) or slurm"),
                 ("--jobs", "at most so many jobs at a time"),
                 ("--cores", "CPU cores of a job; the study's threads, if not given"),
-                ("--gpus", "GPUs of a job; one where the study asks for a GPU, if not given"),
+                ("--gpus", "GPUs of a job; one for each of the study's processes, if not given"),
                 ("--slurm", "options of sbatch, for example 'partition=gpu time=600'"),
             ):
                 command.add_argument(option, default="", help=help_text)
