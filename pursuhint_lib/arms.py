@@ -35,6 +35,7 @@ from pursuhint_lib.methods import METHODS
 from pursuhint_lib.models import load_model, save_model, state_hash
 from pursuhint_lib.params import DistillStudents, nearest
 from pursuhint_lib.progress import Progress
+from pursuhint_lib.provenance import source_state
 from pursuhint_lib.storage import read_json, read_table, run_folder, save_json, save_table
 from pursuhint_lib.study import StudyImages, fixed_batches, fresh_network, training_batches, training_facts
 from pursuhint_lib.tracking import StageRun
@@ -439,8 +440,9 @@ def train_and_keep(
 
     arms: name -> training key. A student whose file carries the same key is finished and is not trained again (`build`
     is not even called for it). The others go on from the checkpoint of an interrupted run, if there is one.
-    build(name) -> a learner with fresh weights. progress counts epochs of single students (arms x epochs). Returns
-    one row per arm and epoch, as `training.fit`, in the order of `arms`.
+    build(name) -> a learner with fresh weights. progress counts epochs of single students (arms x epochs). With each
+    student stands the commit at which its training was begun, or taken up again. Returns one row per arm and epoch, as
+    `training.fit`, in the order of `arms`.
 
     processes: how many train the students together; each of them calls this (see `parallel`), and the first one alone
     looks for files and writes them. They may be called for by one that is none of them when all is finished.
@@ -465,6 +467,7 @@ def train_and_keep(
         if group:
             if parallel.rank() == 0:
                 save_json({name: arms[name] for name in group}, keys_file)
+            source = source_state()
             learners = {name: build(name) for name in group}
             history = fit(
                 learners,
@@ -480,7 +483,7 @@ def train_and_keep(
             )
             if parallel.rank() == 0:
                 for name, learner in learners.items():
-                    _keep(folder, name, seed, learner, history[history["arm"] == name], arms[name])
+                    _keep(folder, name, seed, learner, history[history["arm"] == name], arms[name], source)
                 checkpoint.unlink()
                 keys_file.unlink()
     parallel.wait_for_all()  # for the files of the first
@@ -522,7 +525,15 @@ def _reporter(progress: Progress, epochs: int) -> Callable[[int, pd.DataFrame], 
     return report
 
 
-def _keep(folder: Path, name: str, seed: int, learner: Learner, history: pd.DataFrame, key: str) -> None:
+def _keep(
+    folder: Path,
+    name: str,
+    seed: int,
+    learner: Learner,
+    history: pd.DataFrame,
+    key: str,
+    source: Mapping[str, Any],
+) -> None:
     history = history.dropna(axis="columns", how="all")
     # The order of the columns that come from `fit` depends on which arms were trained together, after a kill on which
     # of them were left.
@@ -535,6 +546,7 @@ def _keep(folder: Path, name: str, seed: int, learner: Learner, history: pd.Data
         "key": key,
         "status": last["status"],
         "val_accuracy": float(last["val_accuracy"]),
+        "source": source,
     }
     # Last of all: the student's file is what says that the arm is finished.
     save_model(learner.model, kept_file(folder, name, seed), **facts)

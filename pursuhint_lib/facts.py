@@ -96,7 +96,7 @@ def read_facts(runs: Path) -> Facts:
         selection_seconds=_optional_table(profile / "timings.csv", ["what", "seconds"]),
         records=records,
         runs=_run_ids(records, runs),
-        trained_at=_trained_at(records, runs),
+        trained_at=_trained_at(records),
     )
 
 
@@ -112,13 +112,9 @@ def _run_ids(records: Mapping[str, Mapping[str, Any]], runs: Path) -> dict[str, 
     return found
 
 
-def _trained_at(records: Mapping[str, Mapping[str, Any]], runs: Path) -> dict[str, dict[str, Any]]:
+def _trained_at(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     found = {}
-    for stage, record in records.items():
-        by_hand = _optional_table(runs / stage / LAB_TABLE, ["arm", "seed", "commit", "dirty"])
-        for row in by_hand.to_dict("records"):
-            if isinstance(row.get("commit"), str):
-                found[f"{row['arm']}-s{row['seed']}"] = {"commit": row["commit"], "dirty": bool(row["dirty"])}
+    for record in records.values():
         found |= record.get("runs", {}).get("trained_at", {})
     return found
 

@@ -690,13 +690,9 @@ class Driver:
             tracking.finish_run(run_id, "FINISHED")
         except tracking.TrackingError as error:
             self.live.say(f"warning: {error}")
-            return {"notebook": run_id, "models": {}, "trained_at": {}}
-        networks = {f"{row.arm}-s{row.seed}": row for row in table.itertuples()}
-        return {
-            "notebook": run_id,
-            "models": {name: row.run_id for name, row in networks.items()},
-            "trained_at": {name: {"commit": row.commit, "dirty": row.dirty} for name, row in networks.items()},
-        }
+            table = None
+        models = {} if table is None else {f"{row.arm}-s{row.seed}": row.run_id for row in table.itertuples()}
+        return {"notebook": run_id, "models": models, "trained_at": records.trained_at(folder)}
 
     def _restore_notebook(self, stage: Stage) -> None:
         folder, reports = folders(self.study, stage.name)

@@ -12,6 +12,7 @@ along.
 """
 
 import ast
+import contextlib
 import fnmatch
 import functools
 import hashlib
@@ -79,6 +80,20 @@ def inputs_of(
         },
     }
     return inputs | ({"images": images} if images else {})
+
+
+def trained_at(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name of a network below ``<folder>/networks/``, without its suffix -> commit and dirty (whether there were
+    changes) of the code that trained it, as `arms.train_and_keep` has written it down; those where it did not are left
+    out. Reads no weights.
+    """
+    found = {}
+    for path in sorted((folder / "networks").glob("*.safetensors")):
+        with contextlib.suppress(OSError, ValueError, KeyError), open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            about = json.loads(json.loads(header["__metadata__"]["pursuhint"])["about"])
+            found[path.stem] = about["facts"]["source"]
+    return found
 
 
 _COPIES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's names

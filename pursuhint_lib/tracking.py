@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pursuhint_lib.provenance import hardware, source_state, versions
+from pursuhint_lib.records import trained_at
 from pursuhint_lib.storage import run_folder, save_json, save_table
 from pursuhint_lib.tracking_notebook import StageRun
 from pursuhint_lib.tracking_runs import (
@@ -91,7 +92,8 @@ def stage_run(study: str, stage: str, params: Mapping[str, Any]) -> Iterator[Sta
     except BaseException as error:
         _close_lab_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    about = {"runs": {"notebook": run_id}, "source": source_state(), "versions": versions(), "hardware": hardware()}
+    runs = {"notebook": run_id, "trained_at": trained_at(run_folder(study, stage))}
+    about = {"runs": runs, "source": source_state(), "versions": versions(), "hardware": hardware()}
     save_json(about, run_folder(study, stage) / LAB_RECORD)
     with goes_on("the stage's files"):
         log_stage_files(run_id, run_folder(study, stage))

@@ -98,17 +98,11 @@ def sweep_dead_runs(study: str) -> list[str]:
 
 
 def run_table(study: str, stage: str) -> pd.DataFrame:
-    """The trained models of a stage's last run, sorted: arm, seed, run_id, status; commit and dirty, of the time when
-    they were trained, which may be before that run. Raises TrackingError.
-    """
+    """The trained models of a stage's last run, sorted: arm, seed, run_id, status. Raises TrackingError."""
     with one_line_errors(f"the runs of {stage} cannot be read"):
         runs = search_runs(open_client(), open_experiment(study), f"tags.stage = '{stage}' and tags.current = 'yes'")
-        rows = []
-        for run in runs:
-            tags = run.data.tags
-            source = tags.get("mlflow.source.git.commit", "unknown"), tags.get("git.dirty") == "true"
-            rows.append((tags["arm"], int(tags["seed"]), run.info.run_id, run.info.status, *source))
-        return pd.DataFrame(sorted(rows), columns=["arm", "seed", "run_id", "status", "commit", "dirty"])
+        rows = [(run.data.tags["arm"], int(run.data.tags["seed"]), run.info.run_id, run.info.status) for run in runs]
+        return pd.DataFrame(sorted(rows), columns=["arm", "seed", "run_id", "status"])
 
 
 def retire_other_models(study: str, stage: str, run_id: str) -> None:

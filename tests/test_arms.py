@@ -32,6 +32,7 @@ from pursuhint_lib.learners import SilentHint, Supervised
 from pursuhint_lib.models import candidate_layers, load_model, state_hash
 from pursuhint_lib.params import DistillStudents
 from pursuhint_lib.progress import Progress
+from pursuhint_lib.records import trained_at
 from pursuhint_lib.study import fixed_batches, fresh_network, study_images, training_batches
 from pursuhint_lib.training import Schedule, resolve_precision
 
@@ -199,6 +200,19 @@ def test_the_kept_student_is_the_student_without_adapters_and_says_what_it_is(di
     plain = fresh_network(PARAMS.student, images, 0)
     assert set(student.state_dict()) == set(plain.state_dict())
     assert (facts["arm"], facts["seed"], facts["status"]) == ("fitnet_first", 1, "trained")
+
+
+def test_beside_a_student_stands_the_commit_that_trained_it_whatever_runs_later(distillation, tmp_path, monkeypatch):
+    commits = iter([{"commit": "a" * 40, "dirty": True}, {"commit": "b" * 40, "dirty": False}])
+    monkeypatch.setattr(arms_module, "source_state", lambda: next(commits))
+    both = arms_of(distillation, ["fitnet"])[:2]
+    distillation.train(both[:1], tmp_path, seeds=[1])
+    distillation.train(both, tmp_path, seeds=[1])
+    found = trained_at(tmp_path)
+    assert found["kd-s1"] == {"commit": "a" * 40, "dirty": True}
+    assert found["fitnet_first-s1"] == {"commit": "b" * 40, "dirty": False}
+    (tmp_path / "networks" / "odd-s0.safetensors").write_bytes(b"no network")
+    assert trained_at(tmp_path) == found
 
 
 class Interrupted(Exception):

@@ -161,9 +161,6 @@ def test_a_model_trained_anew_replaces_the_old_one_in_the_table(store):
         ("at_uniform", 0, new, "FINISHED"),
         ("at_uniform", 1, other, "FINISHED"),
     ]
-    trained = client().get_run(new).data.tags
-    assert table.loc[0, "commit"] == trained["mlflow.source.git.commit"] and len(table.loc[0, "commit"]) == 40
-    assert str(table.loc[0, "dirty"]).lower() == trained["git.dirty"]
     assert client().get_run(old).data.tags["current"] == "no"
 
 
