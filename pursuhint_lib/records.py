@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
 from pursuhint_lib.storage import sha256
 
 RECORD = "record.json"
@@ -89,9 +91,11 @@ def trained_at(folder: Path) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for path in sorted((folder / "networks").glob("*.safetensors")):
-        with contextlib.suppress(OSError, ValueError, KeyError), open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            about = json.loads(json.loads(header["__metadata__"]["pursuhint"])["about"])
+        with (
+            contextlib.suppress(OSError, KeyError, safetensors.SafetensorError),
+            safetensors.safe_open(path, framework="numpy") as file,
+        ):
+            about = json.loads(json.loads(file.metadata()["pursuhint"])["about"])
             found[path.stem] = about["facts"]["source"]
     return found
 
