@@ -7,6 +7,7 @@ from those. Nothing is asserted about time. The sizes that are measured can be s
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -44,7 +45,7 @@ from pursuhint_lib.tracking_notebook import StageRun
 from pursuhint_lib.tracking_page import DISTILLED, HEADLINE
 from pursuhint_lib.tracking_runs import create_run, open_experiment, run_table
 from pursuhint_lib.tracking_spool import SpooledRun, ingest
-from pursuhint_lib.tracking_store import open_client
+from pursuhint_lib.tracking_store import log_points, open_client
 from pursuhint_lib.training import Schedule, autocast, fit, resolve_precision
 
 
@@ -263,14 +264,12 @@ class Learning:
             "step_macs": macs_of(lambda: self.step(batch, observation)) / 2,
             "teacher_operations": operations_of(lambda: self.observe(batch)),  # a pass
             "step_operations": operations_of(lambda: self.step(batch, observation)),
-            "feature_bytes": sum(
-                f[0].numel() for f in self.observe(batch, layers=self.teacher.layers).features.values()
-            )
-            * 2,  # in bfloat16
         }
+        features = self.observe(batch, layers=self.teacher.layers).features.values()
+        found["feature_bytes"] = 2 * sum(feature[0].numel() for feature in features)  # in bfloat16
         state = io.BytesIO()
         torch.save({"learner": self.learner.state_dict(), "optimizer": self.optimizer.state_dict()}, state)
-        found |= {"checkpoint_bytes": len(state.getvalue())}  # a student
+        found["checkpoint_bytes"] = len(state.getvalue())
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             found[f"{name}_bytes"], found[f"{name}_fixed_bytes"] = self.activation_bytes(dtype)
@@ -398,8 +397,7 @@ def test_a_teachers_pass_and_a_students_step():
 
 
 def two_epochs(folder):
-    """A learner with AT and one with FitNet, trained for two short epochs: their history, bytes of the checkpoint of
-    one, and a student."""
+    """Learners with AT and with FitNet, trained for two short epochs: history, bytes of one in the checkpoint, network."""
     learners = {}
     for method in ("at", "fitnet"):
         learning = Learning(PAIR, method, CIFAR_CLASSES, (3, 32, 32))
@@ -438,8 +436,13 @@ def trained(tmp_path_factory):
     return two_epochs(tmp_path_factory.mktemp("trained"))
 
 
+@functools.cache
+def pair_students():
+    return load_params(PARAMS_FOLDER / f"{PAIR}.yaml")["04_distill_students"]
+
+
 def grid_history(trained, number):
-    history, epochs = trained[0], PARTS["pair"]["students"].epochs
+    history, epochs = trained[0], pair_students().epochs
     arm = history["arm"].unique()[number % 2]
     return long_history(history, arm, epochs, np.random.default_rng(number)).assign(arm=f"{arm}_{number}", seed=0)
 
@@ -544,7 +547,7 @@ class Grid:
             "strategy": "stage_ends",
             "logit_loss": "kd",
             "hint_points": "block1.4, block2.4, block3.4",
-            "epochs": PARTS["pair"]["students"].epochs,
+            "epochs": pair_students().epochs,
         }
         for name in ("train", "validation"):
             spooled.log_dataset(f"cifar100 {name}", "0" * 64, name)
@@ -596,14 +599,18 @@ def test_runs_are_logged_and_found(a_home, trained):
         names = full["arms"]
         students = f"tags.stage = '{DISTILLED}' and tags.current = 'yes' and tags.of_landscape = 'no'"
         listed = taken(lambda: run_table("grid", DISTILLED))
-        results = pd.DataFrame({"arm": names, "seed": 0, "test_accuracy": 0.7, "test_loss": 1.0, "agreement": 0.8})
-        evaluated = taken(lambda results=results: grid.run.log_evaluation(results))
+        runs = run_table("grid", DISTILLED).set_index("arm")["run_id"]
+        points = [(name, 0.5, time.time(), 0) for name in ("test/acc1", "test/top5", "test/nll", "test/kl", "test/ece")]
         PARTS["store"]["sizes"][number] = {
             "ingest": full["ingest"],
             "summary": summary["ingest"],
             "list": listed,
-            # Looking for all runs is part of logging any test measures.
-            "evaluate": max(0.0, evaluated - listed) / LOGGED,
+            "evaluate": taken(
+                lambda runs=runs, names=names, points=points: [
+                    log_points(runs[name], points, {"evaluated_in": grid.run.run_id}) for name in names
+                ]
+            )
+            / LOGGED,
             "page": taken(
                 lambda students=students: client.search_runs(
                     [experiment], students, max_results=100, order_by=[f"metrics.`{HEADLINE}` DESC"]
@@ -659,11 +666,11 @@ def published_rates():
     return [(*row, row[3] / row[2] * macs[row[1]] * (row[4] / 224) ** 2) for row in PUBLISHED]
 
 
-def step_seconds(part, end, rate, arms, batch, gpus=1, taught=True):
+def step_seconds(part, end, rate, arms, batch, gpus=1, taught=True, launch=LAUNCH):
     """One step of `arms` students in lockstep on `batch` images of each GPU; end: 0 for slow, 1 for fast."""
     macs = batch * (taught * part["teacher_macs"] + arms * part["step_macs"])
     operations = taught * part["teacher_operations"] + arms * part["step_operations"]
-    computing = max(macs / rate, operations * LAUNCH[end])
+    computing = max(macs / rate, operations * launch[end])
     exchange = arms * exchange_seconds(part, end, gpus)
     return computing + exchange if end == 0 else max(computing, exchange)
 
@@ -728,7 +735,7 @@ def memory_bytes(part, arms, batch, gpus):
 # ---- B. Arithmetic ----
 
 
-def student_seconds(part, arms):
+def student_seconds(part, arms, launch=LAUNCH):
     """Worker -> seconds that one of `arms` students in lockstep takes on it (slow, fast), and the teacher's share."""
     students = part["students"]
     validation = students.validation_per_class * CIFAR_CLASSES
@@ -739,9 +746,9 @@ def student_seconds(part, arms):
     for gpu, rates in gpu_rates().items():
         seconds, shares = [], []
         for end, rate in enumerate(rates):
-            together = step_seconds(part, end, rate, arms, students.batch_size)
-            alone = step_seconds(part, end, rate, arms, students.batch_size, taught=False)
-            look = max(part["student_macs"] * students.batch_size / rate, part["step_operations"] / 3 * LAUNCH[end])
+            together = step_seconds(part, end, rate, arms, students.batch_size, launch=launch)
+            alone = step_seconds(part, end, rate, arms, students.batch_size, taught=False, launch=launch)
+            look = max(part["student_macs"] * students.batch_size / rate, part["step_operations"] / 3 * launch[end])
             seconds.append(steps * together / arms + looks * look)
             shares.append(steps * (together - alone) / arms / seconds[-1])
         found[gpu] = Ends(*seconds), max(shares)
@@ -802,6 +809,10 @@ def rounded(value):
     return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
+def percent(share):
+    return f"{rounded(100 * share)} %"
+
+
 def gigabytes(size):
     return f"{size / 1e9:,.1f}" if abs(size) >= 1e9 else f"{size / 1e9:.3f}"
 
@@ -836,9 +847,9 @@ def counted_lines():
         ("images to train on; held out of them for validation", f"{images:,}; {held_out:,}"),
         ("multiply-accumulates (MACs) of an image: teacher; student", f"{teacher / 1e9:.2f} G; {forward / 1e9:.2f} G"),
         ("a student's step with hints, in its forward passes", f"{step / forward:.2f}"),
-        ("the teacher's share of all MACs of a step, once for all arms", f"{once:.1%}"),
-        ("the same, were it run for every arm", f"{for_every_arm:.1%}"),
-        ("profiling and the test set, in MACs of all training", f"{besides / trained:.2%}"),
+        ("the teacher's share of all MACs of a step, once for all arms", percent(once)),
+        ("the same, were it run for every arm", percent(for_every_arm)),
+        ("profiling and the test set, in MACs of all training", percent(besides / trained)),
         (
             "operations of a student's step; of a teacher's pass",
             f"{part['step_operations']}; {part['teacher_operations']}",
@@ -863,13 +874,10 @@ def counted_lines():
     ]
     return [
         *paragraph(
-            f"`params/{IMAGENET}.yaml`: {students.epochs} epochs, batch {students.batch_size},",
-            f"{students.image_size} pixels;",
-            "the teacher's weights are given. All of this table is counted: MACs by torch's counter, arms from",
-            "the file",
-            "(fewer are trained where two strategies choose the same layers), activations as the bytes that",
-            "autograd saves",
-            "for the backward pass, each storage once (on a CPU; a GPU saves the same tensors).",
+            f"`params/{IMAGENET}.yaml`: {students.epochs} epochs, batch {students.batch_size}, {students.image_size}",
+            "pixels; the teacher's weights are given. All of this table is counted: MACs by torch's counter, arms",
+            "from the file (fewer are trained where two strategies choose the same layers), activations as the bytes",
+            "that autograd saves for the backward pass, each storage once (on a CPU; a GPU saves the same tensors).",
         ),
         *table(("what", "counted"), rows),
     ]
@@ -891,12 +899,11 @@ def speed_lines():
         *table(columns, rows),
         *paragraph(
             f"On one GPU the three networks differ by a factor of {max(spread) / min(spread):.2f} in MAC/s, so",
-            "scaling by",
-            f"MACs errs by as much. Assumed: our loop reaches {OURS[0]:.0%} of the slowest to {OURS[1]:.0%} of",
-            "the fastest",
-            f"row of the A100, {rates['A100'].shown(lambda rate: f'{rate / 1e12:.0f}')} T MAC/s; an H100 is",
-            f"{H100_OVER_A100:.2f} times as fast (source 4); an operation takes {LAUNCH[1] * 1e6:.0f} to",
-            f"{LAUNCH[0] * 1e6:.0f} µs at least, from Python to its launch, so that small batches do not pay.",
+            f"scaling by MACs errs by as much. Assumed: our loop reaches {percent(OURS[0])} of the slowest to",
+            f"{percent(OURS[1])} of the fastest row of the A100,",
+            f"{rates['A100'].shown(lambda rate: f'{rate / 1e12:.0f}')} T MAC/s; an H100 is {H100_OVER_A100:.2f}",
+            f"times as fast (source 4); an operation takes {LAUNCH[1] * 1e6:.0f} to {LAUNCH[0] * 1e6:.0f} µs at",
+            "least, from Python to its launch, so that small batches do not pay.",
         ),
     ]
 
@@ -918,10 +925,9 @@ def decoding_lines():
         "",
         *paragraph(
             f"`FolderBatches` with random crop to 224 and flip, {JPEGS} made-up JPEGs of {PHOTOGRAPH[0]} x",
-            f"{PHOTOGRAPH[1]}",
-            f"pixels (assumed) and the mean size of ImageNet's files ({TRAIN_TAR / IMAGENET_IMAGES / 1e3:.0f}",
-            "KB, source 6),",
-            "read from memory: a disk must give the last column for every core that decodes.",
+            f"{PHOTOGRAPH[1]} pixels (assumed) and the mean size of ImageNet's files",
+            f"({TRAIN_TAR / IMAGENET_IMAGES / 1e3:.0f} KB, source 6), read from memory: a disk must give the last",
+            "column for every core that decodes.",
         ),
         *table(columns, rows),
     ]
@@ -937,54 +943,51 @@ def layout_lines():
         h100_hours, *_ = layout_of(part, rates["H100"], jobs, gpus)
         decoded = groups * students.epochs * images
         cores = Ends(*(decoded / (3600 * value) / rate for value in hours))
-        decoding_hours = -(-groups // jobs) * students.epochs * images / (loaders * rate) / 3600
+        decoding_hours = -(-groups // jobs) * students.epochs * images / (gpus * loaders * rate) / 3600
         found[jobs, gpus] = hours, cores, decoding_hours
         memory = memory_bytes(part, largest, batch / gpus, gpus)
         row = (jobs * gpus, f"{jobs} x {gpus}", f"{batch / gpus:g}", largest, hours.shown(rounded))
         rows.append((*row, h100_hours.shown(rounded), gigabytes(memory), cores.shown(rounded), rounded(decoding_hours)))
     columns = ("GPUs", "jobs x GPUs", "batch of a GPU", "arms of a group", "hours, A100", "hours, H100")
-    columns += ("GB of a GPU", "cores that decode, A100", f"hours if {loaders} decode")
+    columns += ("GB of a GPU", "cores that decode, A100", f"hours to decode, {loaders} loaders a GPU")
     exchanges = []
     for gpus in sorted({gpus for _, gpus in GPU_LAYOUTS}):
         computing = Ends(*(1e3 * batch / gpus * part["step_macs"] / value for value in rates["A100"]))
         launching = Ends(*(1e3 * part["step_operations"] * value for value in LAUNCH))
         exchange = Ends(*(1e3 * exchange_seconds(part, end, gpus) for end in (0, 1)))
         exchanges.append((gpus, f"{batch / gpus:g}", *(of.shown(rounded) for of in (computing, launching, exchange))))
-    (one, one_cores, one_decoding), (apart, apart_cores, _) = found[1, 1], found[8, 8]
+    one, one_cores, one_decoding = found[1, 1]
+    most = max(jobs * gpus for jobs, gpus in found)
+    of_most = {layout: max(row[0][0], row[2]) for layout, row in found.items() if layout[0] * layout[1] == most}
+    best = min(of_most, key=of_most.get)
     return [
         "### Time, memory and cores: computed",
         "",
         *paragraph(
-            "A job trains groups of arms in lockstep, one after the other. Several jobs share the arms of a seed as is",
-            "best; each runs the teacher and decodes for itself. Hours are the GPUs' if images come fast",
-            "enough; cores are",
-            "those that must decode all the time for that; the last column is what decoding takes with the",
-            f"file's {loaders}",
-            "loaders a job: the larger of the two counts. Memory: weights, gradients and momentum of all arms",
-            "of the group,",
-            "activations of one student at a time, images and features of two batches; without CUDA's own.",
+            "A job trains groups of arms in lockstep, one after the other. Several jobs share the arms of a seed as",
+            "is best; each runs the teacher and decodes for itself. Hours are those of the GPUs if images come fast",
+            "enough; cores are how many must decode all the time for that; the last column is what decoding takes",
+            f"with the file's {loaders} loaders for every GPU. The larger of the two counts. Memory: weights,",
+            "gradients and momentum of all arms of the group, activations of one student at a time, images and",
+            "features of two batches; without CUDA's own.",
         ),
         *table(columns, rows),
         *paragraph(
-            f"All-reduce: a student's gradients are {4 * part['student_parameters'] / 1e6:.0f} MB, of which a",
-            "ring sends",
-            f"2 (n - 1) / n. Assumed, of a GPU: {INSIDE[0] / 1e9:.0f} to {INSIDE[1] / 1e9:.0f} GB/s inside a",
-            "node (a third to",
-            f"all of NVLink, source 5), {BETWEEN[0] / 1e9:.1f} to {BETWEEN[1] / 1e9:.0f} GB/s between nodes",
-            "(eight GPUs that",
-            "share an adapter of 100 Gbit/s, or one of 200 Gbit/s each). Milliseconds of a step and arm, A100:",
+            f"All-reduce: a student's gradients are {4 * part['student_parameters'] / 1e6:.0f} MB, of which a ring",
+            f"sends 2 (n - 1) / n. Assumed, of a GPU: {INSIDE[0] / 1e9:.0f} to {INSIDE[1] / 1e9:.0f} GB/s inside a",
+            f"node (a third to all of NVLink, source 5), {BETWEEN[0] / 1e9:.1f} to {BETWEEN[1] / 1e9:.0f} GB/s",
+            "between nodes (eight GPUs that share an adapter of 100 Gbit/s, or one of 200 Gbit/s each). Milliseconds",
+            "of a step and arm, A100:",
         ),
         *table(("GPUs of a job", "batch of a GPU", "computing", "launching", "all-reduce"), exchanges),
         *paragraph(
-            f"So 64 GPUs in one job take {found[1, 64][0].shown(rounded)} hours, as eight jobs of eight",
-            f"{apart.shown(rounded)}, as 64 jobs of one {found[64, 1][0].shown(rounded)} (there are",
-            f"{len(students.seeds) * (part['arms'] + 1)} students to share). Images come first: one A100 could",
-            "do it in",
-            f"{one.shown(rounded)} hours with {one_cores.shown(rounded)} cores to decode, but waits",
-            f"{rounded(one_decoding)}",
-            f"hours for {loaders} loaders; eight jobs of eight want {apart_cores.shown(rounded)} cores together.",
-            f"Copies of shorter side {SHORTER_SIDE} come",
-            f"{decoding[SMALLER]['rate'] / rate:.1f} times as fast, but are not the images that the field trains on.",
+            f"So 64 GPUs take {found[1, 64][0].shown(rounded)} hours as one job, {found[8, 8][0].shown(rounded)} as",
+            f"eight jobs of eight and {found[64, 1][0].shown(rounded)} as jobs of one",
+            f"({len(students.seeds) * (part['arms'] + 1)} students to share); with decoding, and by the slow end,",
+            f"best is {best[0]} x {best[1]}. One A100 takes {one.shown(rounded)} hours and",
+            f"{one_cores.shown(rounded)} cores, or {rounded(one_decoding)} hours with {loaders} loaders. Copies of",
+            f"shorter side {SHORTER_SIDE} come {decoding[SMALLER]['rate'] / rate:.1f} times as fast, but are not the",
+            "images that the field trains on.",
         ),
     ]
 
@@ -996,9 +999,9 @@ def grid_lines():
         f"## B. A grid of {GRID:,} students",
         "",
         *paragraph(
-            f"{students.teacher} -> {students.student} on CIFAR-100, batch {students.batch_size},",
-            f"{students.epochs} epochs,",
-            f"schedule `{students.schedule}`, in groups of arms in lockstep. One driver collects for all workers.",
+            f"{students.teacher} -> {students.student} on CIFAR-100, batch {students.batch_size}, {students.epochs}",
+            f"epochs, schedule `{students.schedule}`, in groups of arms in lockstep. One driver collects for all",
+            "workers.",
         ),
         *teacher_lines(),
         *store_lines(),
@@ -1015,8 +1018,11 @@ def teacher_lines():
         workers = student_seconds(part, arms)
         (here, share), (a100, a100_share) = workers["this machine"], workers["A100"]
         minutes, hours = (Ends(*(value * factor for value in a100)) for factor in (1 / 60, GRID / 3600))
-        row = (arms, f"{share:.1%}", f"{a100_share:.1%}", rounded(here[0] / 60), minutes.shown(rounded))
+        row = (arms, percent(share), percent(a100_share), rounded(here[0] / 60), minutes.shown(rounded))
         rows.append((*row, hours.shown(rounded)))
+    batch, rates = part["students"].batch_size, gpu_rates()["A100"]
+    computing = Ends(*(1e3 * batch * part["step_macs"] / rate for rate in rates))
+    launching = Ends(*(1e3 * part["step_operations"] * least for least in LAUNCH))
     columns = ("arms in a group", "teacher's share here", "A100, at most", "minutes a student here", "A100")
     return [
         "### Teacher passes",
@@ -1025,10 +1031,9 @@ def teacher_lines():
             f"Measured here ({part['precision']}, {CORES} threads, median of {ROUNDS}): a teacher's pass",
             f"{1e3 * part['pass_s']:.0f} ms, a student's step with hints {1e3 * part['step_s']:.0f} ms. Counted:",
             f"{part['teacher_macs'] / 1e6:.0f} M and {part['step_macs'] / 1e6:.0f} M MACs an image,",
-            f"{part['teacher_operations']} and {part['step_operations']} operations. Computed: an A100 as in",
-            "part A, where",
-            "launching operations, not MACs, takes the time of networks this small. Shares are of a student's",
-            "whole time.",
+            f"{part['teacher_operations']} and {part['step_operations']} operations: as in part A, MACs alone would",
+            f"take an A100 {computing.shown(rounded)} ms a step, operations alone {launching.shown(rounded)} ms; the",
+            "longer counts. Shares are of a student's whole time.",
         ),
         *table((*columns, f"hours of one A100, {GRID:,} students"), rows),
     ]
@@ -1051,15 +1056,15 @@ def store_lines():
         "### The tracking store",
         "",
         *paragraph(
-            "Seconds, measured: students go through the spool and `ingest` into a new sqlite store. It was filled with",
-            f"copies of a run (tags, parameters and last metrics, not the curve), then {LOGGED} students were",
-            "logged in each",
-            "way. The page sorts by validation accuracy; its server adds to that time.",
+            "Seconds, measured: students go through the spool and `ingest` into a new sqlite store. It was filled",
+            f"with copies of a run (tags, parameters and last metrics, not the curve), then {LOGGED} students were",
+            "logged in each way. The page sorts by validation accuracy; its server adds to that time.",
         ),
         *table(columns, rows),
         *paragraph(
             f"Into another experiment of the same store, with {max(STORE):,} copies there:",
-            f"{PARTS['store']['elsewhere']:.3f} s a student. Spooling takes a worker {PARTS['store']['spool']:.3f} s.",
+            f"{PARTS['store']['elsewhere']:.3f} s a student. Spooling takes a worker {PARTS['store']['spool']:.3f}",
+            "s.",
         ),
     ]
 
@@ -1107,9 +1112,8 @@ def collector_lines(parts):
         "",
         *table(("part", "ms a student", f"hours, {GRID:,} students", "known by"), rows),
         *paragraph(
-            f"`summarize` and `contrast`, {TABLE_SEEDS} seeds (measured): {tables}. A look at the heartbeats of",
-            "all workers",
-            f"(measured): {polls}; the driver looks every {1e3 * POLL:.0f} ms.",
+            f"`summarize` and `contrast`, {TABLE_SEEDS} seeds (measured): {tables}. A look at the heartbeats of all",
+            f"workers (measured): {polls}; the driver looks every {1e3 * POLL:.0f} ms.",
         ),
     ]
 
@@ -1126,9 +1130,9 @@ def limit_lines(parts):
         f"### Where the collector is the limit, in groups of {GROUP}",
         "",
         *paragraph(
-            "Computed. Training takes students x time / workers; the collector works beside it. It is the",
-            "limit where it",
-            "takes longer: from (a student's seconds on a worker) / (a student's seconds in the collector) workers on.",
+            "Computed. Training takes students x time / workers; the collector works beside it. It is the limit",
+            "where it takes longer: from (a student's seconds on a worker) / (a student's seconds in the collector)",
+            "workers on.",
         ),
         *table((*columns, "hours of the collector", "limit from, workers"), rows),
     ]
@@ -1147,9 +1151,14 @@ def advice_lines(parts):
         (f"compare arms within studies of {STUDY} students", compared, GRID / STUDY * contrast_seconds(STUDY)),
     ]
     hours = [(name, "collector", before, after) for name, before, after in hours]
-    for before, after in [(1, GROUP), *itertools.pairwise(arms for arms in GROUPS if arms >= GROUP)]:
-        slow = [GRID * student_seconds(PARTS["pair"], arms)["A100"][0][0] / workers for arms in (before, after)]
-        hours.append((f"groups of {after} arms, not of {before}", f"{workers} A100s, slow end", *slow))
+    whose = f"{workers} A100s, slow end"
+    now = GRID * student_seconds(PARTS["pair"], GROUP)["A100"][0][0] / workers
+    for arms in GROUPS:
+        if arms > GROUP:
+            larger = GRID * student_seconds(PARTS["pair"], arms)["A100"][0][0] / workers
+            hours.append((f"groups of {arms} arms, not of {GROUP}", whose, now, larger))
+    full = GRID * student_seconds(PARTS["pair"], GROUP, (0, 0))["A100"][0][0] / workers
+    hours.append(("several groups on one GPU, at best until MACs are its limit", whose, now, full))
     disk = [
         ("delete networks once they are evaluated", files["network_bytes"], 0),
         ("log last epochs only", store["full_bytes"], store["summary_bytes"]),
@@ -1163,8 +1172,7 @@ def advice_lines(parts):
         "",
         *paragraph(
             "Computed from the tables above, each change by itself, the largest saving first. A saving in the",
-            "collector",
-            "shows in the end only from the number of workers on at which it is the limit.",
+            "collector shows in the end only from the number of workers on at which it is the limit.",
         ),
         *table(
             ("change", "whose hours", "before", "after", "saved"),
@@ -1193,14 +1201,15 @@ def contrast_seconds(students):
 
 
 def test_write_the_page():
+    missing = {"imagenet", "training_macs", "decoding", "pair", "files", "tables", "store", "driver"} - PARTS.keys()
+    assert not missing, f"not measured in this run: {', '.join(sorted(missing))}"
     lines = [
         "# Beyond one machine",
         "",
         *paragraph(
-            "What larger studies cost, from parts. Every number is *measured* (on this machine, in one run), *counted*",
-            "(exact, the same everywhere), *quoted* (with its source), *assumed* (it says so) or *computed*",
-            "from those.",
-            "Nothing of it was run at this scale.",
+            "What larger studies cost, from parts. Every number is *measured* (on this machine, in one run),",
+            "*counted* (exact, the same everywhere), *quoted* (with its source), *assumed* (it says so) or",
+            "*computed* from those. Nothing of it was run at this scale.",
         ),
         *imagenet_lines(),
         *grid_lines(),
@@ -1209,8 +1218,8 @@ def test_write_the_page():
         *(f"{number}. {source}." for number, source in enumerate(SOURCES, 1)),
         "",
         *paragraph(
-            f"{hardware()['cpu']}, {CORES} cores, {hardware()['memory_gb']:g} GB; torch {versions()['torch']}, mlflow",
-            f"{versions()['mlflow']}. Sizes are parameters at the head of `tests/benchmarks/test_scale.py`.",
+            f"{hardware()['cpu']}, {CORES} cores, {hardware()['memory_gb']:g} GB; torch {versions()['torch']},",
+            f"mlflow {versions()['mlflow']}. Sizes are parameters at the head of `tests/benchmarks/test_scale.py`.",
         ),
         "Written by `make bench ARGS='-k test_scale'`.",
     ]
