@@ -397,7 +397,7 @@ def test_a_teachers_pass_and_a_students_step():
 
 
 def two_epochs(folder):
-    """Learners with AT and with FitNet, trained for two short epochs: history, bytes of one in the checkpoint, network."""
+    """With AT and with FitNet, trained for two short epochs: history, bytes of a checkpoint, a network."""
     learners = {}
     for method in ("at", "fitnet"):
         learning = Learning(PAIR, method, CIFAR_CLASSES, (3, 32, 32))
