@@ -3,7 +3,8 @@
     python -m pursuhint_lib.drawings STUDY    draw those of reports/STUDY/tables/ again, into reports/STUDY/figures/
 
 The notebooks draw with these functions, so that a published figure can be drawn again from the published tables, with
-nothing else at hand. Three cannot: they show images of the data set or maps of the teacher, see `PICTURES`.
+nothing else at hand. Three cannot: they show images of the data set or maps of the teacher, see `PICTURES`, and are
+found in the notebooks only.
 """
 
 import argparse
@@ -478,7 +479,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, KeyError) as error:
         print(first_line(error) or type(error).__name__, file=sys.stderr)
         return 1
-    print(f"{len(written)} figures drawn again in {short(reports / 'figures')}; not of tables: {', '.join(PICTURES)}")
+    print(f"{len(written)} figures drawn again in {short(reports / 'figures')}")
     return 0
 
 
