@@ -27,7 +27,7 @@ export PURSUHINT_DATA := $(if $(filter /% ~%,$(firstword $(DATA))),$(DATA),$(CUR
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce export test lab ui bench strip readme lock clean ready
+.PHONY: help reproduce export figures test lab ui bench strip readme lock clean ready
 
 help: ## explain the targets
 	@echo "From which layers of a teacher network should a student take hints?"
@@ -62,6 +62,9 @@ endif
 
 export: ready ## write a student as files that run without this project (STUDY, ARM, SEED, DATA)
 	@exec .venv/bin/python -m pursuhint_lib.export "$(STUDY)" $(if $(ARM),--arm="$(ARM)") $(if $(SEED),--seed="$(SEED)")
+
+figures: ready ## draw the figures of a published study again from its tables (STUDY)
+	@exec .venv/bin/python -m pursuhint_lib.drawings "$(STUDY)"
 
 test: ready ## run every test
 	@exec .venv/bin/python -m pytest -n auto --dist loadfile $(ARGS)

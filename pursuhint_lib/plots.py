@@ -49,6 +49,18 @@ def use_style() -> None:
     matplotlib.rcParams.update(STYLE)
 
 
+def panels(
+    rows: int, columns: int, size: tuple[float, float], *, widths: Sequence[float] | None = None, share_y: bool = False
+) -> tuple[Figure, np.ndarray]:
+    """A figure of so many inches and its axes (rows, columns). widths: of the columns, relative to each other."""
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, width_ratios=widths, sharey=share_y)
+
+
+def close(figure: Figure) -> None:
+    """Let go of a figure that was saved."""
+    plt.close(figure)
+
+
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """Write ``<folder>/<name>.png`` and ``.pdf``, whole, without dates in them (equal figures give equal bytes)."""
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):

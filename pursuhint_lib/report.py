@@ -17,6 +17,7 @@ import pandas as pd
 
 from pursuhint_lib import findings
 from pursuhint_lib.comparison import POWER
+from pursuhint_lib.drawings import PICTURES
 from pursuhint_lib.facts import COMPARED, Facts, read_facts
 from pursuhint_lib.figures import shown_figures
 from pursuhint_lib.formatting import environment
@@ -139,8 +140,10 @@ def _tables(runs: Path) -> list[Path]:
 
 
 def _pictures(runs: Path) -> list[Path]:
+    """Figures that the tables can give again; pictures of pixels stay in the notebooks."""
     found = (path for stage in STAGES for path in sorted((runs / stage / "figures").glob("*")))
-    return [path for path in found if path.suffix in (".png", ".pdf") and not path.name.startswith(".")]
+    found = (path for path in found if path.suffix in (".png", ".pdf") and not path.name.startswith("."))
+    return [path for path in found if path.stem not in PICTURES]
 
 
 def _unique_names(paths: Sequence[Path]) -> dict[str, Path]:

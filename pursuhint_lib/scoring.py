@@ -1,6 +1,6 @@
 """The students of a study on the test images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -83,6 +83,19 @@ def student_similarities(
     }
     trained = students[students["status"] == "trained"]
     return {(row.arm, row.seed): alike[row.same_as or row.arm, row.seed] for row in trained.itertuples()}
+
+
+def similarity_rows(similarities: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Arm -> similarity of teacher layers (rows) and student layers (columns), as one table: columns arm,
+    teacher_layer, student_layer, similarity.
+    """
+    rows = [
+        (arm, teacher_layer, student_layer, value)
+        for arm, table in similarities.items()
+        for teacher_layer, own in table.iterrows()
+        for student_layer, value in own.items()
+    ]
+    return pd.DataFrame(rows, columns=["arm", "teacher_layer", "student_layer", "similarity"])
 
 
 def _networks(
