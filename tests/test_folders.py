@@ -304,9 +304,9 @@ def test_an_interrupted_reader_leaves_no_process_behind(folder, how):
         reader.kill()
     else:
         os.killpg(reader.pid, signal.SIGINT)  # as a terminal does: to all of them
-    _, said = reader.communicate(timeout=60)
+    _, said = reader.communicate(timeout=300)
     assert how == "kill" or said.count("KeyboardInterrupt") == 1
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=300)
     assert not alive
 
 
