@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -89,9 +90,12 @@ def _end(torchrun: subprocess.Popen) -> None:
 def _what_died(own: Path, processes: int, code: int) -> str:
     """Which process ended the others, and how."""
     text = (own / "together.log").read_text(encoding="utf-8", errors="replace")
-    for rank, exit_code in re.findall(r"^ *rank *: (\d+).*\n *exitcode *: (-?\d+)", text, re.M):  # torchrun's report
-        if int(exit_code) < 0:  # the exceptions of the others are that it was gone
-            return f"process {int(rank) + 1} of {processes} was killed by signal {-int(exit_code)}"
+    ends = re.findall(r"^ *rank *: (\d+).*\n *exitcode *: (-?\d+)", text, re.M)  # torchrun's report, first death last
+    ends = [(int(rank) + 1, int(exit_code)) for rank, exit_code in ends]
+    killed = [end for end in ends if end[1] < 0 and end[1] != -signal.SIGTERM]  # others' exceptions: that it was gone
+    killed += [end for end in ends[-1:] if end[1] == -signal.SIGTERM]  # torchrun itself sends it, but not to the first
+    if killed:
+        return f"process {killed[0][0]} of {processes} was killed by signal {-killed[0][1]}"
     errors = []
     for file in own.glob("error-*.json"):
         with contextlib.suppress(ValueError):

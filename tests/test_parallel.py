@@ -356,6 +356,16 @@ def test_the_line_names_the_process_that_died_first_and_how(tmp_path):
     assert _what_died(tmp_path, 2, 1) == "process 2 of 2 stopped: ValueError: no"
     log.write_text("[0]:\n  rank      : 0 (local_rank: 0)\n  exitcode  : 1 (pid: 7)\n")
     assert _what_died(tmp_path, 2, 1) == "process 2 of 2 stopped: ValueError: no"
+    ends = "".join(f"[{n}]:\n  rank      : {n} (local_rank: {n})\n  exitcode  : {{{n}}} (pid: 7)\n" for n in (0, 1))
+    for codes, who in (
+        ((-15, -9), "process 2 of 2 was killed by signal 9"),  # torchrun ends the other by SIGTERM
+        ((-9, -15), "process 1 of 2 was killed by signal 9"),
+        ((1, -9), "process 2 of 2 was killed by signal 9"),  # whose end is the other's exception
+        ((-15, -15), "process 2 of 2 was killed by signal 15"),  # torchrun names the first last
+        ((-15, 1), "process 2 of 2 stopped: ValueError: no"),
+    ):
+        log.write_text(ends.format(*codes))
+        assert _what_died(tmp_path, 2, 1) == who
 
 
 def test_networks_that_several_processes_are_to_keep_elsewhere_are_refused(home, tmp_path):
