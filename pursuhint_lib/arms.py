@@ -324,6 +324,7 @@ class Distillation:
         histories = [
             train_and_keep(
                 folder,
+                f"students-s{seed}",
                 keys,
                 lambda name, seed=seed: self.learner(trained[name], seed),
                 self.batches(seed),
@@ -422,6 +423,7 @@ def load_student(study: str, arm: str, seed: int) -> nn.Module:
 
 def train_and_keep(
     folder: Path,
+    training: str,
     arms: Mapping[str, str],
     build: Callable[[str], Learner],
     batches: BatchSource,
@@ -438,6 +440,7 @@ def train_and_keep(
     """Train the students of one seed in lockstep, those that are not already there; keep each. Returns all their
     histories.
 
+    training: a name for all of it, which no other one below `folder` has: its checkpoint's.
     arms: name -> training key. A student whose file carries the same key is finished and is not trained again (`build`
     is not even called for it). The others go on from the checkpoint of an interrupted run, if there is one.
     build(name) -> a learner with fresh weights. progress counts epochs of single students (arms x epochs). With each
@@ -457,7 +460,7 @@ def train_and_keep(
             f"{', '.join(missing)} of seed {seed}: not what {processes} processes have left below {folder}; they know "
             "only what the notebooks before have left there"
         )
-    checkpoint = folder / "checkpoints" / f"s{seed}.ckpt"
+    checkpoint = folder / "checkpoints" / f"{training}.ckpt"
     keys_file = checkpoint.with_suffix(".json")  # which arms, under which keys, the checkpoint belongs to
     begun = parallel.from_first(lambda: _begun(missing, checkpoint, keys_file))
     if len(missing) < len(arms):

@@ -74,6 +74,7 @@ class Baselines:
                     train_together(Job("01_train_teacher", "teachers"), p, folder, report_to or folder)
                 history = train_and_keep(
                     folder,
+                    "teachers",
                     keys,
                     lambda name: Supervised(fresh_network(p.teacher, self.images, seeds[name])),
                     training_batches(p, self.images, p.batch_size, p.teacher_seed, self.device),
@@ -107,6 +108,7 @@ class Baselines:
             for seed in seeds:
                 history = train_and_keep(
                     folder,
+                    f"unaided-s{seed}",
                     {"unaided": key},
                     lambda _, seed=seed: Supervised(fresh_network(p.student, self.images, seed)),
                     training_batches(p, self.images, p.batch_size, seed, self.device),

@@ -174,20 +174,18 @@ class Work:
     """Something that is done in a process of its own.
 
     do() does it there and returns the files that it keeps; it must be a function of a module, or a partial of one.
-    folder: of its own. heartbeat: the folder of its `progress.Progress`. alone: of works that name the same thing here,
-    only one at a time is under way, and none after one that failed.
+    folder: of its own. heartbeat: the folder of its `progress.Progress`.
     """
 
     name: str
     do: Callable[[], Sequence[Path]]
     folder: Path
     heartbeat: Path
-    alone: str = ""
 
 
 @dataclass
 class _Job:
-    """A work on its way: waiting, running, done, failed, or left (for the next run)."""
+    """A work on its way: waiting, running, done or failed."""
 
     work: Work
     state: str = "waiting"
@@ -290,13 +288,8 @@ class Fleet:
 
     def _begin_some(self) -> None:
         for job in self.jobs:
-            running = [other for other in self.jobs if other.state == "running"]
-            if job.state != "waiting":
-                continue
-            rivals = [other for other in self.jobs if job.work.alone and other.work.alone == job.work.alone]
-            if any(other.state in ("failed", "left") for other in rivals):
-                job.state = "left"
-            elif len(running) < self.options.jobs and not any(other.state == "running" for other in rivals):
+            running = sum(other.state == "running" for other in self.jobs)
+            if job.state == "waiting" and running < self.options.jobs:
                 self._begin(job)
 
     def _begin(self, job: _Job) -> None:
@@ -355,11 +348,9 @@ class Fleet:
         if not failed:
             return
         first, names = failed[0], ", ".join(job.work.name for job in failed)
-        left = [job.work.name for job in self.jobs if job.state == "left"]
         text = f"job {first.work.name}: {first.end['error']}; log: {short(self._log(first))}"
         if len(self.jobs) > 1:
             text = f"{len(failed)} of {len(self.jobs)} jobs failed ({names}): {text}"
-            text += f"; not begun, because of it: {', '.join(left)}" if left else ""
             text += "; what the others made is kept, the same command goes on"
         raise StageFailed(text)
 

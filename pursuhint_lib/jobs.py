@@ -47,17 +47,6 @@ def job_folder(study: str, job: Job) -> Path:
     return run_folder(study, f"jobs/{job.stage}/{job.name}")
 
 
-def checkpoint_of(job: Job, params: Mapping[str, Any]) -> str:
-    """What a training is taken up from, by its name in the stage's folder; "" for a job that trains nothing.
-
-    Checkpoints are named by the seed of the batches, which the teachers share with one of the unaided students: two
-    jobs with the same checkpoint must never be under way at the same time.
-    """
-    if job.stage == "02_profile_layers":
-        return ""
-    return f"s{job.seeds[0] if job.seeds else params['teacher_seed']}"
-
-
 def run_job(job: Job, params: Mapping[str, Any], folder: Path, spool: Path | None = None) -> list[Path]:
     """Do what is not done yet. Needs what the stages before have left. Returns the files that it keeps.
 

@@ -36,7 +36,7 @@ from typing import Any
 from pursuhint_lib import records
 from pursuhint_lib.execution import Execution, StageFailed, copy_whole, kernel_environment, publish, run_notebook
 from pursuhint_lib.fanout import FanOut, Fleet, Work, settle
-from pursuhint_lib.jobs import Job, checkpoint_of, job_folder, jobs_of, run_job
+from pursuhint_lib.jobs import Job, job_folder, jobs_of, run_job
 from pursuhint_lib.live import LiveLine, stage_line, study_seconds_left
 from pursuhint_lib.params import (
     PARAMS_FOLDER,
@@ -585,7 +585,7 @@ class Driver:
         for job in self.sources.jobs(stage.name, parameters):
             own = job_folder(self.study, job)
             work = partial(self.sources.run_job, job, parameters, own, own / SPOOL)
-            works.append(Work(job.name, work, own, heartbeat=own, alone=checkpoint_of(job, parameters)))
+            works.append(Work(job.name, work, own, heartbeat=own))
         folder, _ = folders(self.study, stage.name)
 
         def log(work: Work) -> None:

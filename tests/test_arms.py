@@ -309,6 +309,7 @@ def test_the_unaided_student_of_a_seed_sees_the_same_batches_as_the_distilled_on
         assert torch.equal(a.images, b.images) and torch.equal(a.index, b.index)
     history = train_and_keep(
         tmp_path,
+        "unaided-s1",
         {"unaided": "key"},
         lambda _: Supervised(fresh_network(PARAMS.student, images, 1)),
         ours,

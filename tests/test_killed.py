@@ -126,7 +126,7 @@ def some_students_of_a_seed_are_kept(folder):
 
 
 def an_epoch_is_done(folder):
-    return any(folder.glob("checkpoints/s?.ckpt")) and not some_students_of_a_seed_are_kept(folder)
+    return any(folder.glob("checkpoints/students-s?.ckpt")) and not some_students_of_a_seed_are_kept(folder)
 
 
 WAITED_FOR = [some_students_of_a_seed_are_kept, an_epoch_is_done, a_file_is_being_written, anything]
@@ -167,7 +167,7 @@ def test_the_whole_study_keeps_every_student_and_no_checkpoint(undisturbed):
 def test_killed_after_the_last_student_of_a_seed_it_clears_away_what_is_left(undisturbed, tmp_path):
     whole, _ = undisturbed
     folder = shutil.copytree(whole, tmp_path / "cut")
-    (folder / "checkpoints" / "s0.json").write_text("{}")  # the checkpoint itself goes first
+    (folder / "checkpoints" / "students-s0.json").write_text("{}")  # the checkpoint itself goes first
     (folder / "networks" / ".kd-s0.1.partial.safetensors").write_bytes(b"half a studen")
     kept = students(folder)
     finished(begun(folder))

@@ -299,7 +299,7 @@ def workers_of(pid):
 
 def next_checkpoint(study):
     """Wait until one is written that is not there yet."""
-    file = run_folder(study, FOURTH) / "checkpoints" / "s0.ckpt"
+    file = run_folder(study, FOURTH) / "checkpoints" / "students-s0.ckpt"
 
     def written():
         return file.stat().st_mtime_ns if file.exists() else 0
