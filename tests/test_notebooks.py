@@ -14,6 +14,7 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from slurm_on_loopback import slurm, slurm_missing
 
 from pursuhint_lib.params import STAGES, load_params
 from pursuhint_lib.storage import REPOSITORY
@@ -224,6 +225,19 @@ def test_by_jobs_of_which_one_is_killed_it_ends_with_the_same_bytes_and_logs_eve
     assert len(models) == len(set(models)) == len(list(home.glob("runs/smoke/0*/networks/*.safetensors")))
     record = json.loads((home / "runs" / "smoke" / "02_profile_layers" / "record.json").read_text())
     assert list(record["fan_out"]["ran"]) == ["teacher_1"]
+
+
+@pytest.mark.skipif(bool(slurm_missing()), reason=slurm_missing())
+def test_by_jobs_of_a_slurm_of_one_node_it_ends_with_the_same_bytes(study, tmp_path, tmp_path_factory, monkeypatch):
+    with slurm(tmp_path_factory.mktemp("slurm"), cores=2) as variables:  # a short path, see there
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        said = finished(reproduce(tmp_path, "--executor", "slurm", "--jobs", "2", "--slurm", "time=60"))
+    assert "tried again" not in said
+    assert results(tmp_path) == results(study[0]) and shown(tmp_path) == shown(study[0])
+    # Three jobs in 01, one in 02, two in 04, and the five notebooks.
+    ends = [json.loads(path.read_text()) for path in tmp_path.glob("runs/smoke/jobs/*/*/ended.json")]
+    assert len(ends) == 11 and not any(end["error"] for end in ends)
 
 
 def test_forced_it_runs_again_and_says_that_it_is_the_same(study):

@@ -89,12 +89,14 @@ def wait_until(reached, what):
 
 def processes(folder):
     """Names of the processes of the Slurm in `folder`: daemons, and jobs that were submitted with its variables."""
+    mark = f"SLURM_CONF={environment(folder)['SLURM_CONF']}".encode()
     names = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("SLURM_CONF") == environment(folder)["SLURM_CONF"]:
+            # Not psutil's environ(): slurmstepd writes its title over the first variables, and psutil stops there.
+            if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
                 names.append(process.name())
-        except psutil.Error:  # it has ended, or is another user's
+        except (OSError, psutil.Error):  # it has ended, or is another user's
             pass
     return names
 
@@ -251,17 +253,3 @@ def test_the_job_of_a_driver_that_is_gone_is_taken_over_or_cancelled(cluster, tm
     for pid in map(int, (folder / "pids").read_text().split()):
         wait_until(lambda pid=pid: not psutil.pid_exists(pid), "its processes have ended")
     assert settle("s", "04", "key", said.append) == {}
-
-
-def test_the_smoke_study_in_jobs_of_slurm_ends_with_the_bytes_of_one_without(cluster, tmp_path):
-    pytest.importorskip("submitit", reason="submitit is not installed")
-    from test_notebooks import finished, reproduce, results, shown
-
-    plain = reproduce(tmp_path / "plain")
-    said = finished(reproduce(tmp_path / "jobs", "--executor", "slurm", "--jobs", "2", "--slurm", "time=60"))
-    finished(plain)
-    assert "tried again" not in said and set(states().values()) <= {"COMPLETED", "COMPLETING"}
-    assert results(tmp_path / "jobs") == results(tmp_path / "plain")
-    assert shown(tmp_path / "jobs") == shown(tmp_path / "plain")
-    # Three jobs in 01, one in 02, two in 04, and the five notebooks.
-    assert len(list((tmp_path / "jobs" / "runs" / "smoke" / "jobs").glob("*/*/ended.json"))) == 11
