@@ -40,7 +40,7 @@ help: ## explain the targets
 	@echo "  FORCE=1       run finished stages again            make reproduce FORCE=1"
 	@echo "  EXECUTOR=     local or slurm: train in jobs        make reproduce EXECUTOR=local JOBS=2"
 	@echo "  JOBS=number   at most so many jobs at a time"
-	@echo "  JOB_CORES=    CPU cores of a job; the study's threads, if not given"
+	@echo "  JOB_CORES=    CPU cores of a job; what the study's threads and loaders use, if not given"
 	@echo "  JOB_GPUS=     GPUs of a job; one for each of the study's processes, if not given"
 	@echo "  SLURM='...'   options of sbatch                    make reproduce EXECUTOR=slurm SLURM='time=600'"
 	@echo "  ARM=, SEED=   which student to export              make export ARM=kd SEED=0"

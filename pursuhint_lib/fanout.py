@@ -117,9 +117,11 @@ class FanOut:
         """
         if self.executor == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
             raise ParameterError("EXECUTOR = 'slurm': there is no sbatch here (allowed: local; slurm where Slurm is)")
-        # Several processes that train one network together share the threads, and have a GPU each.
-        threads, processes = parameters.get("threads", 1), parameters.get("processes", 1)
-        cores, device = self.cores or max(threads, processes), parameters.get("device", "cpu")
+        # The threads are shared out, at least one to each, among learners that take their steps at the same time
+        # (workers) or processes that train one network together, which have a GPU each.
+        threads, workers, processes = (parameters.get(name, 1) for name in ("threads", "workers", "processes"))
+        decoding = processes * parameters.get("loaders", 0) if parameters.get("streaming") else 0
+        cores, device = self.cores or max(threads, workers, processes) + decoding, parameters.get("device", "cpu")
         if ":" in device and self.executor == "local":
             raise ParameterError(
                 f"device = {device!r}: names one GPU, and jobs are given one each (allowed: auto, cuda)"

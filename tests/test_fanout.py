@@ -67,6 +67,9 @@ def test_options_are_read_and_what_is_left_out_follows_from_the_study(monkeypatc
     local = FanOut("local")
     assert local.for_stage({"threads": 2, "device": "cpu"}) == FanOut("local", 4, 2, 0)
     assert local.for_stage({"threads": 4, "processes": 2, "device": "cpu"}) == FanOut("local", 2, 4, 0)
+    assert local.for_stage({"threads": 2, "workers": 4, "device": "cpu"}) == FanOut("local", 2, 4, 0)
+    from_disk = {"threads": 1, "processes": 2, "device": "cpu", "streaming": True, "loaders": 3}
+    assert local.for_stage(from_disk) == FanOut("local", 1, 8, 0)
     assert local.for_stage({"threads": 1, "processes": 2, "device": "cpu"}) == FanOut("local", 4, 2, 0)
     assert local.for_stage({"threads": 1, "device": "auto"}) == FanOut("local", 3, 1, 1)
     assert FanOut("local", 8, 1, 2).for_stage({"device": "cuda"}) == FanOut("local", 1, 1, 2)
