@@ -121,7 +121,8 @@ class FanOut:
         # (workers) or processes that train one network together, which have a GPU each.
         threads, workers, processes = (parameters.get(name, 1) for name in ("threads", "workers", "processes"))
         decoding = processes * parameters.get("loaders", 0) if parameters.get("streaming") else 0
-        cores, device = self.cores or max(threads, workers, processes) + decoding, parameters.get("device", "cpu")
+        busy = max(threads, processes, workers if threads > 1 else 1)  # of one thread: see `of_job`
+        cores, device = self.cores or busy + decoding, parameters.get("device", "cpu")
         if ":" in device and self.executor == "local":
             raise ParameterError(
                 f"device = {device!r}: names one GPU, and jobs are given one each (allowed: auto, cuda)"
@@ -138,6 +139,14 @@ class FanOut:
             raise ParameterError(f"JOB_GPUS = {gpus}: this machine has {len(there)} (allowed: 0 to {len(there)})")
         jobs = self.jobs or max(1, hardware()["cores"] // cores)
         return FanOut(self.executor, min(jobs, len(there) // gpus) if gpus else jobs, cores, gpus)
+
+    def of_job(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """A stage's parameters for its jobs, which give the same bits: where each worker has one thread, whatever their
+        number, a job has no more workers than cores. More jobs gain more than more workers do.
+        """
+        if parameters.get("threads") != 1 or "workers" not in parameters:
+            return dict(parameters)
+        return {**parameters, "workers": min(parameters["workers"], self.cores)}
 
 
 def _number(name: str, text: str, least: int) -> int | None:

@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None, sources: Sources | None = None) -> 
             for option, help_text in (
                 ("--executor", "run independent work as jobs: local (processes here) or slurm"),
                 ("--jobs", "at most so many jobs at a time"),
-                ("--cores", "CPU cores of a job; what the study's threads, workers and loaders use, if not given"),
+                ("--cores", "CPU cores of a job; what the study's threads and loaders use, if not given"),
                 ("--gpus", "GPUs of a job; one for each of the study's processes, if not given"),
                 ("--slurm", "options of sbatch, for example 'partition=gpu time=600'"),
             ):
@@ -580,7 +580,7 @@ class Driver:
 
         Returns seconds and memory of each. Raises StageFailed or Stopped.
         """
-        parameters = self.params[stage.name].model_dump(mode="json")
+        parameters = fleet.options.of_job(self.params[stage.name].model_dump(mode="json"))
         tracking, works = _tracking(), []
         for job in self.sources.jobs(stage.name, parameters):
             own = job_folder(self.study, job)

@@ -68,6 +68,11 @@ def test_options_are_read_and_what_is_left_out_follows_from_the_study(monkeypatc
     assert local.for_stage({"threads": 2, "device": "cpu"}) == FanOut("local", 4, 2, 0)
     assert local.for_stage({"threads": 4, "processes": 2, "device": "cpu"}) == FanOut("local", 2, 4, 0)
     assert local.for_stage({"threads": 2, "workers": 4, "device": "cpu"}) == FanOut("local", 2, 4, 0)
+    alone = {"threads": 1, "workers": 4, "device": "cpu"}
+    assert local.for_stage(alone) == FanOut("local", 8, 1, 0)
+    assert local.for_stage(alone).of_job(alone)["workers"] == 1
+    assert FanOut("local", 2, 3).for_stage(alone).of_job(alone) == alone | {"workers": 3}
+    assert FanOut("local", 2, 1).for_stage(alone | {"threads": 4}).of_job(alone | {"threads": 4})["workers"] == 4
     from_disk = {"threads": 1, "processes": 2, "device": "cpu", "streaming": True, "loaders": 3}
     assert local.for_stage(from_disk) == FanOut("local", 1, 8, 0)
     assert local.for_stage({"threads": 1, "processes": 2, "device": "cpu"}) == FanOut("local", 4, 2, 0)

@@ -981,8 +981,10 @@ def layout_lines():
             "of a step and arm, A100:",
         ),
         *table(("GPUs of a job", "batch of a GPU", "computing", "launching", "all-reduce"), exchanges),
+        "### What it comes to",
+        "",
         *paragraph(
-            f"So 64 GPUs take {found[1, 64][0].shown(rounded)} hours as one job, {found[8, 8][0].shown(rounded)} as",
+            f"64 GPUs take {found[1, 64][0].shown(rounded)} hours as one job, {found[8, 8][0].shown(rounded)} as",
             f"eight jobs of eight and {found[64, 1][0].shown(rounded)} as jobs of one",
             f"({len(students.seeds) * (part['arms'] + 1)} students to share); with decoding, and by the slow end,",
             f"best is {best[0]} x {best[1]}. One A100 takes {one.shown(rounded)} hours and",
@@ -1210,7 +1212,7 @@ def test_write_the_page():
         *paragraph(
             "What larger studies cost, from parts. Every number is *measured* (on this machine, in one run),",
             "*counted* (exact, the same everywhere), *quoted* (with its source), *assumed* (it says so) or",
-            "*computed* from those. Nothing of it was run at this scale.",
+            "*computed* from those. Nothing of it was run at this scale. Each part ends with what it comes to.",
         ),
         *imagenet_lines(),
         *grid_lines(),
