@@ -9,6 +9,7 @@ Letters: N images, B batch, C channels, H W space, K classes, S side of the squa
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import PIL
@@ -23,7 +25,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import functional as transforms
 
 from pursuhint_lib.data import (
     Batch,
@@ -141,6 +142,7 @@ def _folder_set(folder: Path, by_class: dict[str, list[ImageFile]], classes: lis
 
 def evaluation_view(image: Image.Image, size: int) -> Image.Image:
     """The shorter side resized to size * 256 / 224, the center cropped to size x size (Krizhevsky et al. 2012)."""
+    transforms = _transforms()
     return transforms.center_crop(transforms.resize(image, [round(size * 256 / 224)]), [size, size])
 
 
@@ -166,7 +168,12 @@ def training_view(image: Image.Image, size: int, generator: torch.Generator) -> 
         width = min(image.width, max(1, round(image.height * 4 / 3)))
         height = min(image.height, max(1, round(image.width * 4 / 3)))
         top, left = (image.height - height) // 2, (image.width - width) // 2
-    return transforms.resized_crop(image, top, left, height, width, [size, size])
+    return _transforms().resized_crop(image, top, left, height, width, [size, size])
+
+
+def _transforms() -> ModuleType:
+    """torchvision's, imported where images are on disk: it takes longer than torch, and no other study needs it."""
+    return importlib.import_module("torchvision.transforms.v2.functional")
 
 
 class FolderBatches(BatchSource):
@@ -217,6 +224,7 @@ class FolderBatches(BatchSource):
         self.stream = stream
         self.loaders = loaders
         self.device = torch.device(device)
+        _transforms()  # now, and not in each process that decodes
         # (H*W*C,) each, laid out like an image, as in `Batches`.
         self._scale, self._shift = (
             values.float().repeat(height * width).to(self.device) for values in (1 / (255 * std), -mean / std)
@@ -283,5 +291,5 @@ class _Decoded:
         if self.flip:
             generator = seeded_generator(self.stream + "flip", self.seed, self.epoch, position)
             if torch.randint(2, (), generator=generator):
-                image = transforms.horizontal_flip(image)
+                image = _transforms().horizontal_flip(image)
         return image

@@ -16,10 +16,10 @@ from pursuhint_lib.storage import REPOSITORY
 
 STUDY = "imagenet_resnet34_resnet18"
 CLASSES = ("n01", "n02")
-SMALLER = {  # how much is trained, and nothing else
+SMALLER = {  # how much is measured and trained, and nothing else
     "common": {"seeds": [0], "epochs": 1, "batch_size": 4, "validation_per_class": 1, "loaders": 1},
-    "profile_layers": {"probe_images": 8, "resamples": 1},
-    "cluster_layers": {"random_draws": 1},
+    "profile_layers": {"probe_images": 8, "resamples": 1, "similarity_metrics": ["r2_cca", "linear_cka"]},
+    "cluster_layers": {"strategies": ["stage_ends", "clustered"], "cluster_metrics": ["r2_cca"]},
 }
 
 
