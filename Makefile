@@ -8,6 +8,7 @@ JOBS =
 JOB_CORES =
 JOB_GPUS =
 SLURM =
+export SLURM
 ARM =
 SEED =
 DATA =
@@ -49,12 +50,13 @@ help: ## explain the targets
 	@echo "  PYTHON=path   the Python to set up with (3.11 to 3.14)"
 
 JOB_OPTIONS = $(if $(EXECUTOR),--executor="$(EXECUTOR)") $(if $(JOB_CORES),--cores="$(JOB_CORES)") \
-  $(if $(JOB_GPUS),--gpus="$(JOB_GPUS)") $(if $(SLURM),--slurm="$(SLURM)")
+  $(if $(JOB_GPUS),--gpus="$(JOB_GPUS)") $(if $(SLURM),--slurm="$$SLURM")
 
 reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA, EXECUTOR ...), or many (GRID, JOBS ...)
 ifneq ($(GRID),)
 	@$(if $(filter-out 0 no false,$(FORCE)),echo "FORCE=1 is for one study (STUDY=name); a grid runs what is not there yet" >&2; exit 1)
-	@exec .venv/bin/python -m pursuhint_lib.grid reproduce "$(GRID)" $(if $(JOBS),--jobs "$(JOBS)") -- $(JOB_OPTIONS)
+	@$(if $(filter command line,$(origin STUDY)),echo "STUDY or GRID: name one of them" >&2; exit 1)
+	@exec .venv/bin/python -m pursuhint_lib.grid reproduce "$(GRID)" $(if $(JOBS),--jobs="$(JOBS)") $(JOB_OPTIONS)
 else
 	@exec .venv/bin/python -m pursuhint_lib.pipeline reproduce "$(STUDY)" $(if $(filter-out 0 no false,$(FORCE)),--force) \
 	  $(if $(JOBS),--jobs="$(JOBS)") $(JOB_OPTIONS)

@@ -8,12 +8,13 @@ Neither an exit code nor what an executor says of a job decides whether it is do
 submitit's process hides how its child ended, and a Slurm without accounting forgets its jobs after minutes.
 """
 
+import argparse
 import contextlib
 import importlib
+import io
 import logging
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -68,6 +69,7 @@ _SLURM_OVER = {
     "PREEMPTED": "preempted",
     "TIMEOUT": "its time was up",
 }
+_PATIENCE_S = 60  # for a job that is ending
 _LOOK_S = 5.0  # between two questions to Slurm
 _GRACE_S = 10.0  # a shared file system may show a job's last file later than Slurm forgets the job
 
@@ -100,11 +102,29 @@ class FanOut:
             raise ParameterError(f"SLURM = {slurm!r}: says nothing with EXECUTOR={executor} (allowed with slurm)")
         return cls(
             executor,
-            _number("JOBS", jobs, 1) or 0,
-            _number("JOB_CORES", cores, 1) or 0,
-            _number("JOB_GPUS", gpus, 0),
+            whole_number("JOBS", jobs, 1) or 0,
+            whole_number("JOB_CORES", cores, 1) or 0,
+            whole_number("JOB_GPUS", gpus, 0),
             _slurm_options(slurm),
         )
+
+    @property
+    def as_arguments(self) -> list[str]:
+        """The options of the command line that ask for it."""
+        return [f"--{name}={value}" for name, value in self._given().items()]
+
+    @property
+    def as_typed(self) -> str:
+        """The same as make's, each behind a space."""
+        names = {"cores": "JOB_CORES", "gpus": "JOB_GPUS"}
+        given = self._given().items()
+        return "".join(f" {names.get(name, name.upper())}={shlex.quote(value)}" for name, value in given)
+
+    def _given(self) -> dict[str, str]:
+        given = {"executor": self.executor, "jobs": self.jobs or "", "cores": self.cores or ""}
+        given |= {"gpus": "" if self.gpus is None else self.gpus}
+        given |= {"slurm": " ".join(f"{name}={shlex.quote(value)}" for name, value in self.slurm.items())}
+        return {name: str(value) for name, value in given.items() if value != ""}
 
     @property
     def notebooks_too(self) -> bool:
@@ -115,8 +135,6 @@ class FanOut:
         """The same with every default filled in, for a stage's parameters. Raises ParameterError, one line, for what
         this machine or the stage's device does not allow.
         """
-        if self.executor == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
-            raise ParameterError("EXECUTOR = 'slurm': there is no sbatch here (allowed: local; slurm where Slurm is)")
         # The threads are shared out, at least one to each, among learners that take their steps at the same time
         # (workers) or processes that train one network together, which have a GPU each.
         threads, workers, processes = (parameters.get(name, 1) for name in ("threads", "workers", "processes"))
@@ -133,12 +151,37 @@ class FanOut:
             gpus = processes if device.startswith("cuda") or (device == "auto" and there) else 0
         if gpus and device == "cpu":
             raise ParameterError(f"JOB_GPUS = {gpus}: device is 'cpu' (allowed: 0)")
+        if 0 < gpus < processes:
+            raise ParameterError(f"JOB_GPUS = {gpus}: each of {processes} processes has one (allowed: {processes})")
         if self.executor == "slurm":
             return FanOut(self.executor, self.jobs or SLURM_JOBS, cores, gpus, self.slurm)
         if gpus > len(there):
-            raise ParameterError(f"JOB_GPUS = {gpus}: this machine has {len(there)} (allowed: 0 to {len(there)})")
+            asked = f"JOB_GPUS = {gpus}" if self.gpus else f"device = {device!r} with processes = {processes}"
+            raise ParameterError(f"{asked}: this machine has {len(there)} GPUs, and a job wants {gpus}")
         jobs = self.jobs or max(1, hardware()["cores"] // cores)
         return FanOut(self.executor, min(jobs, len(there) // gpus) if gpus else jobs, cores, gpus)
+
+    def check_slurm(self) -> None:
+        """See that Slurm would take jobs as they are asked for, where they are for it: called on what `for_stage`
+        returns. Raises ParameterError, one line in Slurm's own words.
+        """
+        if self.executor != "slurm":
+            return
+        command = ["sbatch", "--test-only", "--wrap=true", f"--cpus-per-task={self.cores}"]
+        command += [f"--gpus-per-node={self.gpus}"] if self.gpus else []
+        command += [f"--{name}={value}" for name, value in self.slurm.items()]
+        try:
+            tried = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except FileNotFoundError:
+            raise ParameterError(
+                "EXECUTOR = 'slurm': there is no sbatch here (allowed: local; slurm where Slurm is)"
+            ) from None
+        except subprocess.TimeoutExpired:
+            raise ParameterError("EXECUTOR = 'slurm': Slurm does not answer (allowed: local; slurm later)") from None
+        if tried.returncode:
+            told = [line.strip().removeprefix("sbatch: ") for line in tried.stderr.splitlines() if line.strip()]
+            asked = self.as_typed.strip()
+            raise ParameterError(f"{asked}: sbatch refuses such jobs: {'; '.join(told) or tried.returncode}")
 
     def of_job(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """A stage's parameters for its jobs, which give the same bits: where each worker has one thread, whatever their
@@ -149,7 +192,19 @@ class FanOut:
         return {**parameters, "workers": min(parameters["workers"], self.cores)}
 
 
-def _number(name: str, text: str, least: int) -> int | None:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `FanOut.of_options` wants of a command line, but for the number of jobs."""
+    for option, text in (
+        ("--executor", "run independent work as jobs: local (processes here) or slurm"),
+        ("--cores", "CPU cores of a job; what the study's threads and loaders use, if not given"),
+        ("--gpus", "GPUs of a job; one for each of the study's processes, if not given"),
+        ("--slurm", "options of sbatch, for example 'partition=gpu time=600'"),
+    ):
+        parser.add_argument(option, default="", help=text)
+
+
+def whole_number(name: str, text: str, least: int) -> int | None:
+    """An option's number, None where nothing was written. Raises ParameterError."""
     if not text:
         return None
     if not text.isdecimal() or int(text) < least:
@@ -313,7 +368,11 @@ class Fleet:
         end_workers(folder, self.say)  # now, for none of an older attempt begins any more
         # cloudpickle takes functions along by their names, so the job's process needs this code, not a copy of it.
         task = Task(job.work.do, folder, self.cwd, self.key, job.token, self.engine.driver)
-        job.id = self.engine.begin(task, job.work.name)
+        try:
+            job.id = self.engine.begin(task, job.work.name)
+        except BaseException:
+            (folder / ATTEMPT).unlink()  # nobody has it
+            raise
         job.state, job.tries = "running", job.tries + 1
         save_json(attempt | {"id": job.id}, folder / ATTEMPT)
 
@@ -376,11 +435,13 @@ class Fleet:
         left = None
         if share > self.share_before:
             left = (1 - share) * (now - self.began) / (share - self.share_before)
-        count = {
-            state: sum(job.state == state for job in self.jobs) for state in ("done", "running", "waiting", "failed")
-        }
-        text = f"{count['done']} of {len(self.jobs)} jobs done, {count['running']} running"
-        text += "".join(f", {count[state]} {state}" for state in ("waiting", "failed") if count[state])
+        states = [
+            "handed out" if job.state == "running" and not read_worker(job.work.folder, job.token) else job.state
+            for job in self.jobs
+        ]
+        text = f"{states.count('done')} of {len(self.jobs)} jobs done, {states.count('running')} running"
+        for state in ("handed out", "waiting", "failed"):
+            text += f", {states.count(state)} {state}" if state in states else ""
         return {
             "done": int(100 * share),
             "total": 100,
@@ -403,8 +464,11 @@ class Fleet:
                     if beat["eta_s"] is not None:
                         left = beat["eta_s"] - (time.time() - beat["updated"])
                         parts.append(f"{duration(left)} left")
+                elif read_worker(job.work.folder, job.token):
+                    parts.append("starting")
                 else:
-                    parts.append("starting" if read_worker(job.work.folder, job.token) else "handed out")
+                    why = self.engine.why_waiting(job.id)
+                    parts.append(f"in the queue: {why}" if why else "handed out")
                 lines.append(" · ".join(parts))
         return lines
 
@@ -446,6 +510,10 @@ class _Local:
         """None while it is under way; "" afterwards."""
         return "" if job_id not in self._jobs or self._jobs[job_id][0].done() else None
 
+    def why_waiting(self, _job_id: str) -> str:
+        """Nothing: a process begins at once."""
+        return ""
+
     def forget(self, job_id: str, family: Sequence) -> None:
         """A job is over: what it started ends, and another one may have its place."""
         end_family(family)
@@ -469,7 +537,7 @@ class _Slurm:
 
     def __init__(self, options: FanOut, environment: Mapping[str, str]):
         self.options, self.environment = options, environment
-        self._states: dict[str, str] | None = None  # not known
+        self._there: dict[str, tuple[str, str]] | None = None  # not known
         self._asked = time.monotonic()
 
     def begin(self, task: Task, name: str) -> str:
@@ -486,21 +554,27 @@ class _Slurm:
             additional_parameters=dict(self.options.slurm),
         )
         try:
-            job_id = executor.submit(run_task, task).job_id
+            with contextlib.redirect_stderr(io.StringIO()):  # where submitit says the same at length
+                job_id = executor.submit(run_task, task).job_id
         except _submitit().core.utils.FailedJobError as error:
             raise StageFailed(f"sbatch refused the job {name}: {first_line(error)}") from None
-        if self._states is not None:
-            self._states[job_id] = "PENDING"  # until Slurm is asked again
+        if self._there is not None:
+            self._there[job_id] = ("PENDING", "")  # until Slurm is asked again
         return job_id
 
     def way_of_end(self, job_id: str) -> str | None:
         """None while it is under way; afterwards how it ended, "" where Slurm does not know."""
         if time.monotonic() - self._asked >= _LOOK_S:
-            self._asked, self._states = time.monotonic(), slurm_states()
-        if self._states is None:
+            self._asked, self._there = time.monotonic(), slurm_jobs()
+        if self._there is None:
             return None
-        state = self._states.get(job_id, "")
+        state, _ = self._there.get(job_id, ("", ""))
         return _SLURM_OVER.get(state) if state else ""
+
+    def why_waiting(self, job_id: str) -> str:
+        """Slurm's word for why a job has not begun, "" where there is none."""
+        state, reason = (self._there or {}).get(job_id, ("", ""))
+        return reason if state == "PENDING" and reason != "None" else ""
 
     def forget(self, job_id: str, family: Sequence) -> None:
         """Nothing: Slurm itself ends what a job has started."""
@@ -523,14 +597,17 @@ def _python(environment: Mapping[str, str]) -> str:
     return shlex.join(["env", *(f"{name}={value}" for name, value in environment.items()), sys.executable])
 
 
-def slurm_states() -> dict[str, str] | None:
-    """Number -> state, of this user's jobs in Slurm, with those that ended lately; None when it does not answer."""
-    command = ["squeue", "--noheader", "--states=all", "--format=%i|%T", f"--user={os.getuid()}"]
+def slurm_jobs() -> dict[str, tuple[str, str]] | None:
+    """Number -> state and its reason, of this user's jobs in Slurm, with those that ended lately; None when it does not
+    answer.
+    """
+    command = ["squeue", "--noheader", "--states=all", "--format=%i|%T|%r", f"--user={os.getuid()}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return dict(line.strip().split("|") for line in done.stdout.splitlines() if "|" in line)
+    lines = [line.strip().split("|") for line in done.stdout.splitlines() if "|" in line]
+    return {number: (state, reason) for number, state, reason in lines}
 
 
 # --- What an earlier driver has left
@@ -579,13 +656,18 @@ def end_workers(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def _living(numbers: Sequence[str], folder: Path) -> list[str]:
-    states = slurm_states()
-    if states is None:
-        raise StudyBusy(
-            f"job {folder.name} was handed to Slurm (number {', '.join(numbers) or 'unknown'}), which does not answer "
-            f"here: go on where squeue does, or delete {short(folder)} when the job is gone"
-        )
-    return [number for number in numbers if states.get(number, "COMPLETED") not in _SLURM_OVER]
+    for _ in range(_PATIENCE_S):
+        there = slurm_jobs()
+        if there is None:
+            raise StudyBusy(
+                f"job {folder.name} was handed to Slurm (number {', '.join(numbers) or 'unknown'}), which does not "
+                f"answer here: go on where squeue does, or delete {short(folder)} when the job is gone"
+            )
+        states = {number: there[number][0] for number in numbers if number in there}
+        if "COMPLETING" not in states.values():  # it has ended, well or not, and cannot be taken over
+            break
+        time.sleep(1)
+    return [number for number, state in states.items() if state not in _SLURM_OVER]
 
 
 def _end_slurm_jobs(numbers: Sequence[str], folder: Path, say: Callable[[str], None]) -> None:
@@ -593,7 +675,7 @@ def _end_slurm_jobs(numbers: Sequence[str], folder: Path, say: Callable[[str], N
         return
     say(f"job {folder.name} of an earlier run is still under way (Slurm's job {numbers[0]}): cancelled")
     subprocess.run(["scancel", *numbers], capture_output=True)
-    for _ in range(60):
+    for _ in range(_PATIENCE_S):
         if not _living(numbers, folder):
             return
         time.sleep(1)

@@ -1,6 +1,6 @@
 """Many studies from one file, several at a time.
 
-    python -m pursuhint_lib.grid reproduce GRID [--jobs N] [-- ARGUMENTS]    run what is not there yet, stack the tables
+    python -m pursuhint_lib.grid reproduce GRID [--jobs N] [--executor ...]  run what is not there yet, stack the tables
     python -m pursuhint_lib.grid status GRID                                 where each study stands; runs nothing
 
 ``params/grids/GRID.yaml`` names a study of params/ and what varies: keys as in a study file, ``section.key``, each with
@@ -12,8 +12,9 @@ a list of values. Keys that vary together stand in one, and their values are lis
       distill_students.temperature: [2.0, 4.0]
 
 Every combination is a study of its own, GRID-VALUE-VALUE..., with a study file below ``runs/grids/GRID/params/``. Each
-runs as a child process, the command line of `pipeline` (ARGUMENTS are handed to it), which keeps what it has finished;
-so the driver here may be stopped or killed at any time, and goes on from there.
+runs as a child process, the command line of `pipeline`, which keeps what it has finished; so the driver here may be
+stopped or killed at any time, and goes on from there. Here a grid's studies are its jobs; under Slurm each of them has
+its own work done by jobs, see `fanout`.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from pursuhint_lib.fanout import FanOut, add_options, visible_gpus, whole_number
 from pursuhint_lib.live import LiveLine, stage_line, study_seconds_left
 from pursuhint_lib.params import (
     PARAMS_FOLDER,
@@ -49,7 +51,7 @@ from pursuhint_lib.params import (
     read_yaml,
     section_keys,
 )
-from pursuhint_lib.pipeline import Sources, StopFlag, Stopped, is_finished, noted_signals, one_line
+from pursuhint_lib.pipeline import Sources, StopFlag, Stopped, check_jobs, is_finished, noted_signals, one_line
 from pursuhint_lib.progress import duration, read_progress
 from pursuhint_lib.status import StudyBusy, is_busy, read_status, read_verdict, short, stamp, state_text
 from pursuhint_lib.storage import REPOSITORY, home, read_table, report_folder, run_folder, save_table, written_whole
@@ -103,7 +105,8 @@ def read_grid(path: Path) -> Grid:
         raise ParameterError(f"{file}: the name of a grid should hold letters, digits and underscores only")
     content = read_yaml(path, file)
     if not isinstance(content, dict):
-        raise ParameterError(f"{file}: should hold base and vary; it holds {type(content).__name__}")
+        holds = "is empty" if content is None else f"holds {type(content).__name__}"
+        raise ParameterError(f"{file}: should hold base and vary; it {holds}")
     for key in content:
         if key not in ("base", "vary"):
             raise ParameterError(f"{file}: unknown key {key!r}{nearest(key, ('base', 'vary'))} (allowed: base, vary)")
@@ -151,6 +154,7 @@ def _choices(file: str, key: str, values: Any) -> list[dict[str, Any]]:
     for name in names:
         section, _, rest = name.partition(".")
         allowed = [f"{section}.{one}" for one in section_keys(section)] if section in ("common", *SECTIONS) else []
+        allowed = [one for one in allowed if one != "common.study"]
         if name == "common.study":
             raise ParameterError(f"{file}: vary: common.study: each study gets its name from its values")
         if name not in allowed:
@@ -160,7 +164,7 @@ def _choices(file: str, key: str, values: Any) -> list[dict[str, Any]]:
             which = ", ".join(allowed) or "section.key, sections common, " + ", ".join(SECTIONS)
             raise ParameterError(f"{file}: vary: {name!r}: unknown key{hint} (allowed: {which})")
     if not isinstance(values, list) or not values:
-        raise ParameterError(f"{file}: vary: {key} = {values!r}: should be a list of values")
+        raise ParameterError(f"{file}: vary: {key} = {values!r}: should be a list of values, at least one")
     if len(names) == 1:
         return [{names[0]: value} for value in values]
     for value in values:
@@ -217,28 +221,29 @@ def write_studies(grid: Grid) -> dict[str, Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit status (0, 1, or 128 + the number of the signal that stopped it)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    end = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m pursuhint_lib.grid", description="Run the studies of a grid, several at a time."
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, text in (
-        ("reproduce", "run what is not there yet; what stands behind -- is handed to the pipeline of each study"),
+        ("reproduce", "run what is not there yet"),
         ("status", "say where each study stands"),
     ):
         command = verbs.add_parser(verb, help=text)
         command.add_argument("grid", help="a name in params/grids/, for example digits_pairs")
         if verb == "reproduce":
-            command.add_argument("--jobs", type=_jobs, default=1, help="how many studies run at a time")
-    options = parser.parse_args(arguments[:end])
+            command.add_argument("--jobs", default="", help="how many studies run at a time")
+            add_options(command)
+    options = parser.parse_args(arguments)
     with noted_signals() as stop:
         try:
             grid = read_grid(grid_file(options.grid))
             if options.verb == "status":
                 print(describe(grid, Sources()))
                 return 0
-            failed = reproduce(grid, jobs=options.jobs, arguments=arguments[end + 1 :], stop=stop)
+            jobs = whole_number("JOBS", options.jobs, 1) or 1
+            fan_out = fan_out_of_studies(options.executor, options.cores, options.gpus, options.slurm)
+            failed = reproduce(grid, jobs=jobs, fan_out=fan_out, stop=stop)
         except Stopped as stopped:
             return 128 + stopped.signum
         except Exception as error:
@@ -249,10 +254,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _jobs(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: should be a number of studies, 1 or more")
-    return int(text)
+def fan_out_of_studies(executor: str, cores: str, gpus: str, slurm: str) -> FanOut | None:
+    """How each study of a grid has its work done, from the command line: None for in turn. Raises ParameterError."""
+    fan_out = FanOut.of_options(executor, "", cores, gpus, slurm)
+    if fan_out is None or fan_out.executor == "slurm":
+        return fan_out
+    for name, value in {"JOB_CORES": cores, "JOB_GPUS": gpus}.items():
+        if value:
+            raise ParameterError(
+                f"{name} = {value!r}: says nothing here, where a grid's jobs are its studies (allowed with slurm)"
+            )
+    return None
 
 
 def describe(grid: Grid, sources: Sources) -> str:
@@ -276,9 +288,9 @@ def fetch_images(params: Mapping[str, Any]) -> None:
         load_images(images.data, images.data_folder)
 
 
-def pipeline_command(study: str, arguments: Sequence[str]) -> list[str]:
+def pipeline_command(study: str, options: Sequence[str]) -> list[str]:
     """The command line that runs one study."""
-    return [sys.executable, "-m", "pursuhint_lib.pipeline", "reproduce", study, *arguments]
+    return [sys.executable, "-m", "pursuhint_lib.pipeline", "reproduce", study, *options]
 
 
 def reproduce(
@@ -286,15 +298,16 @@ def reproduce(
     *,
     jobs: int,
     stop: StopFlag,
-    arguments: Sequence[str] = (),
+    fan_out: FanOut | None = None,
     sources: Sources = Sources(),
     command: Callable[[str, Sequence[str]], list[str]] = pipeline_command,
     fetch: Callable[[Mapping[str, Any]], None] = fetch_images,
 ) -> dict[str, str]:
     """Run the studies of a grid that are not finished, at most `jobs` at a time, and stack the tables of all.
 
-    Each study is a process, `command(study, arguments)`. Returns study -> last line, of those that failed twice. Raises
-    ParameterError, before anything runs, StudyBusy, Stopped, and what the system raises (a full disk).
+    Each study is a process, `command(study, options)`; where there are GPUs, each has its own. fan_out: see `pipeline`.
+    Returns study -> last line, of those that failed twice. Raises ParameterError, before anything runs, StudyBusy,
+    Stopped, and what the system raises (a full disk).
     """
     live = LiveLine()
     with _grid_lock(grid.name):
@@ -306,9 +319,10 @@ def reproduce(
             live.draw(f"grid {grid.name}: checking {study.name}")
             params = sources.load(files[study.name])
             sources.check(params, _place(grid.file, study))
+            check_jobs(fan_out, params, sources)
             fetch(params)
         waiting = [study.name for study in to_run]
-        run = _Run(grid, jobs, arguments, sources, stop, command, live, waiting, list(done), before=len(done))
+        run = _Run(grid, jobs, fan_out, sources, stop, command, live, waiting, list(done), before=len(done))
         run.go()
         tables = stack_tables(grid, run.done)
     _tell_of_results(grid, run, tables, live)
@@ -336,6 +350,7 @@ def _grid_lock(grid: str) -> Iterator[None]:
 class _Child:
     process: subprocess.Popen
     started: float
+    place: int  # among those that run at a time, from 0
 
 
 @dataclass
@@ -344,7 +359,7 @@ class _Run:
 
     grid: Grid
     jobs: int
-    arguments: Sequence[str]
+    fan_out: FanOut | None
     sources: Sources
     stop: StopFlag
     command: Callable[[str, Sequence[str]], list[str]]
@@ -371,6 +386,7 @@ class _Run:
             self._end_children(error.signum if isinstance(error, Stopped) else signal.SIGTERM)
             if isinstance(error, Stopped):
                 jobs = f" JOBS={self.jobs}" if self.jobs > 1 else ""
+                jobs += self.fan_out.as_typed if self.fan_out else ""
                 print(
                     f"stopped by {'Ctrl-C' if error.signum == signal.SIGINT else error}; {len(self.done)} of "
                     f"{_studies(len(self.grid.studies))} are done; "
@@ -391,11 +407,13 @@ class _Run:
                 return
             self.waiting.remove(study)
             self.tries[study] = self.tries.get(study, 0) + 1
+            place = min(set(range(self.jobs)) - {child.place for child in self.running.values()})
             environment = os.environ | {"PURSUHINT_PARENT": str(os.getpid()), "PURSUHINT_HOME": str(home())}
+            environment |= self._gpus_of(place)
             with open(self.log(study), "a", encoding="utf-8") as log:
                 print(f"--- {stamp(time.time())}", file=log, flush=True)
                 process = subprocess.Popen(
-                    self.command(study, self.arguments),
+                    self.command(study, self.fan_out.as_arguments if self.fan_out else []),
                     cwd=REPOSITORY,
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -403,7 +421,14 @@ class _Run:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # the terminal's Ctrl-C is for the driver, which hands it on once
                 )
-            self.running[study] = _Child(process, time.time())
+            self.running[study] = _Child(process, time.time(), place)
+
+    def _gpus_of(self, place: int) -> dict[str, str]:
+        """The GPUs of the study that runs in this place of those that run at a time."""
+        gpus = visible_gpus()
+        if self.fan_out or not gpus:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[place :: self.jobs] or [gpus[place % len(gpus)]])}
 
     def _collect(self) -> None:
         """Take in the children that have ended."""

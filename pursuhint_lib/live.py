@@ -63,7 +63,7 @@ class LiveLine:
     def draw(self, text: str) -> None:
         """Show `text` until the next call: a line or several, the one that counts first, cut to the terminal's size."""
         now = time.monotonic()
-        if self.terminal and now - self._last >= 0.2:
+        if self.terminal and (not self._drawn or now - self._last >= 0.2):
             size = shutil.get_terminal_size()
             lines = text.splitlines()
             if len(lines) > size.lines:  # what has scrolled away cannot be replaced

@@ -35,7 +35,7 @@ from typing import Any
 
 from pursuhint_lib import records
 from pursuhint_lib.execution import Execution, StageFailed, copy_whole, kernel_environment, publish, run_notebook
-from pursuhint_lib.fanout import FanOut, Fleet, Work, settle
+from pursuhint_lib.fanout import FanOut, Fleet, Work, add_options, settle
 from pursuhint_lib.jobs import Job, job_folder, jobs_of, run_job
 from pursuhint_lib.live import LiveLine, stage_line, study_seconds_left
 from pursuhint_lib.params import (
@@ -203,14 +203,8 @@ def main(arguments: list[str] | None = None, sources: Sources | None = None) -> 
             command.add_argument(
                 "--force", action="store_true", help="run every notebook again and train every model again"
             )
-            for option, help_text in (
-                ("--executor", "run independent work as jobs: local (processes here) or slurm"),
-                ("--jobs", "at most so many jobs at a time"),
-                ("--cores", "CPU cores of a job; what the study's threads and loaders use, if not given"),
-                ("--gpus", "GPUs of a job; one for each of the study's processes, if not given"),
-                ("--slurm", "options of sbatch, for example 'partition=gpu time=600'"),
-            ):
-                command.add_argument(option, default="", help=help_text)
+            command.add_argument("--jobs", default="", help="at most so many jobs at a time")
+            add_options(command)
     options = parser.parse_args(arguments)
     sources = sources or Sources()
     with noted_signals() as stop:
@@ -251,11 +245,18 @@ def reproduce(study: str, *, force: bool, sources: Sources, stop: "StopFlag", fa
     StageFailed, StudyBusy, Stopped, and what the system raises (a full disk).
     """
     params, file = _parameters(study, sources)
-    if fan_out:
-        for stage in sources.stages:
-            fan_out.for_stage(params[stage.name].model_dump())
+    check_jobs(fan_out, params, sources)
     with study_lock(study):
         Driver(study, params, file, sources, stop, fan_out).run(force)
+
+
+def check_jobs(fan_out: FanOut | None, params: Mapping[str, Any], sources: Sources) -> None:
+    """See that a study's jobs can be run as they are asked for. Raises ParameterError."""
+    if fan_out:
+        of_stages = [fan_out.for_stage(params[stage.name].model_dump()) for stage in sources.stages]
+        for number, options in enumerate(of_stages):
+            if options not in of_stages[:number]:
+                options.check_slurm()
 
 
 def describe(study: str, sources: Sources) -> str:
@@ -361,6 +362,7 @@ class Driver:
     ):
         self.study, self.params, self.file, self.sources, self.stop = study, params, file, sources, stop
         self.fan_out = fan_out
+        self.options = fan_out.as_typed if fan_out else ""
         self.live = LiveLine()
         self.status = read_status(study)
         self.past: dict[str, float] = dict(self.status.get("seconds", {}))  # what stages took, for the forecast
@@ -411,18 +413,23 @@ class Driver:
         """What a run with nothing to do never pays for: names checked with torch, the tracker, papermill."""
         if self.prepared:
             return
+        self.live.draw("starting: torch, MLflow and papermill are imported")
         self.sources.check(self.params, self.file)
+        self.stop.check()
         tracking = _tracking()
+        self.stop.check()
         if (old := tracking.relocate()) is not None:
             self.live.say(f"the folder has moved: MLflow's artifacts were at {old}, their addresses were replaced")
         tracking.open_experiment(self.study)
         tracking.sweep_dead_runs(self.study)
+        self.stop.check()
         self._log_left_over()
         if self.status.get("state") not in _UNFINISHED:
             self._keep_previous()
         self._save_status(state="running", stage="", progress="", to_redo=to_redo)
         importlib.import_module("papermill")
         self.prepared = True
+        self.live.clear()
 
     def _log_left_over(self) -> None:
         """Log what the tracker did not take when these stages were done."""
@@ -671,7 +678,7 @@ class Driver:
             print(
                 f"stopped by {'Ctrl-C' if error.signum == signal.SIGINT else error} {where(self.status)}; "
                 f"kept: {kept(self.study, self.sources.stages)}; "
-                f"'{command_line('reproduce', self.study)}' goes on from there",
+                f"'{command_line('reproduce', self.study, self.options)}' goes on from there",
                 file=sys.stderr,
             )
 
@@ -786,6 +793,7 @@ class Driver:
             "study": self.study,
             "pid": os.getpid(),
             "host": socket.gethostname(),
+            "options": self.options,
             "updated": time.time(),
         } | changes
         self.status |= {"seconds": self.past, "spent": self.spent}

@@ -8,6 +8,7 @@ notebook's heartbeat.
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shlex
 import socket
@@ -52,7 +53,8 @@ def state_text(study: str, status: Mapping[str, Any], busy: bool, stages: Sequen
             + (f", {duration(left)} left of it" if left is not None else "")
             + f" (process {status.get('pid')})"
         )
-    going_on = f"kept: {kept(study, stages)}; '{command_line('reproduce', study)}' goes on from there"
+    again = command_line("reproduce", study, status.get("options", ""))
+    going_on = f"kept: {kept(study, stages)}; '{again}' goes on from there"
     match status.get("state"):
         case None:
             return "not run yet"
@@ -106,11 +108,14 @@ def study_lock(study: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            status = read_status(study)
+            lock.seek(0)
             raise StudyBusy(
-                f"study {study} is being run by process {status.get('pid', '?')} on {status.get('host', '?')}; "
+                f"study {study} is being run by {lock.read() or 'another process'}; "
                 f"'{command_line('status', study)}' shows how far it is"
             ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
         yield
 
 
@@ -145,9 +150,10 @@ def end_process(kernel: Mapping[str, Any] | None) -> None:
         return
 
 
-def command_line(verb: str, study: str) -> str:
+def command_line(verb: str, study: str, options: str = "") -> str:
+    """What to type. options: those of make behind the study."""
     return (
-        f"make reproduce STUDY={study}"
+        f"make reproduce STUDY={study}{options}"
         if verb == "reproduce"
         else f"python -m pursuhint_lib.pipeline {verb} {shlex.quote(study)}"
     )

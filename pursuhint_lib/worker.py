@@ -127,17 +127,19 @@ class _Watch:
     """Looks once a second, from a thread: who belongs to this job, how much memory they hold, is the driver there?"""
 
     def __init__(self, task: Task):
-        self.task, self.peak_bytes, self._over = task, 0, False
+        self.task, self.peak_bytes, self._over = task, 0, threading.Event()
+        self._thread = threading.Thread(target=self._go_on, name="watch", daemon=True)
         self._me = psutil.Process()
         self._told: tuple[list, int] = ([], 0)
 
     def start(self) -> None:
         self.look()
-        threading.Thread(target=self._go_on, name="watch", daemon=True).start()
+        self._thread.start()
 
     def stop(self) -> None:
         """Look for the last time."""
-        self._over = True
+        self._over.set()
+        self._thread.join()
         self.look()
 
     def look(self) -> None:
@@ -157,14 +159,12 @@ class _Watch:
             save_json(about, self.task.folder / WORKER.format(self.task.token))
 
     def _go_on(self) -> None:
-        while not self._over:
-            time.sleep(1)
+        while not self._over.wait(1):
             if self.task.driver and not is_alive(*self.task.driver):
                 print("the driver is gone: this job ends, too", flush=True)
                 _leave(signal.SIGTERM, None)
             try:
-                if not self._over:
-                    self.look()
+                self.look()
             except OSError:  # a full disk: the job itself will say so
                 continue
 

@@ -1,10 +1,13 @@
 """Independent work as jobs: what is asked for, how jobs run, fail and die, and what is left when a driver dies."""
 
+import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -81,7 +84,11 @@ def test_options_are_read_and_what_is_left_out_follows_from_the_study(monkeypatc
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert local.for_stage({"threads": 1, "device": "auto"}) == FanOut("local", 8, 1, 0)
     for parameters, told in (
-        ({"device": "cuda"}, "JOB_GPUS = 1: this machine has 0"),
+        ({"device": "cuda"}, "device = 'cuda' with processes = 1: this machine has 0 GPUs"),
+        (
+            {"device": "cuda", "processes": 2},
+            "device = 'cuda' with processes = 2: this machine has 0 GPUs, and a job wants 2",
+        ),
         ({"device": "cuda:1"}, "device = 'cuda:1': names one GPU"),
     ):
         with pytest.raises(ParameterError, match=told):
@@ -90,10 +97,35 @@ def test_options_are_read_and_what_is_left_out_follows_from_the_study(monkeypatc
         FanOut("local", 1, 1, 1).for_stage({"device": "cpu"})
 
 
+def test_what_was_asked_for_can_be_typed_again_and_handed_on():
+    asked = FanOut("slurm", 8, 4, 0, {"partition": "gpu", "comment": "a b"})
+    typed = asked.as_typed
+    assert typed.startswith(" EXECUTOR=slurm JOBS=8 JOB_CORES=4 JOB_GPUS=0 SLURM=")
+    made = dict(part.split("=", 1) for part in shlex.split(typed))
+    assert FanOut.of_options(*(made[name] for name in ("EXECUTOR", "JOBS", "JOB_CORES", "JOB_GPUS", "SLURM"))) == asked
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--jobs")
+    fanout.add_options(parser)
+    read = parser.parse_args(asked.as_arguments)
+    assert FanOut.of_options(read.executor, read.jobs, read.cores, read.gpus, read.slurm) == asked
+    assert FanOut("local").as_typed == " EXECUTOR=local" and FanOut("local").as_arguments == ["--executor=local"]
+
+
+def test_a_job_that_cannot_be_handed_out_is_not_waited_for(paths, monkeypatch):
+    def refuse(self, task, name):
+        raise StageFailed("no room")
+
+    monkeypatch.setattr(fanout._Local, "begin", refuse)
+    told, _, _ = run_all(paths, {"first": ""})
+    assert told == "no room" and not worker.read_attempt(paths / "jobs/first")
+    assert fanout.settle("s", "04", "key", print) == {}
+
+
 def test_a_machine_without_slurm_says_so_before_anything_runs(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ParameterError, match="there is no sbatch here"):
-        FanOut("slurm").for_stage({})
+        FanOut("slurm").check_slurm()
+    FanOut("local").check_slurm()
 
 
 def test_what_a_second_try_may_mend():
@@ -248,7 +280,7 @@ def left_over(name, **attempt):
 
 
 def test_a_job_still_under_way_in_slurm_is_waited_for_or_cancelled_but_never_doubled(queue):
-    queue.write_text("7|RUNNING\n8|PENDING\n9|FAILED\n")
+    queue.write_text("7|RUNNING|None\n8|PENDING|Resources\n9|FAILED|NonZeroExitCode\n")
     left_over("running", id="7")
     save_json({"slurm": "8", "host": "n", "family": [], "peak_bytes": 0}, left_over("told") / "worker.ttold.json")
     gone = left_over("gone", id="9")
@@ -260,6 +292,12 @@ def test_a_job_still_under_way_in_slurm_is_waited_for_or_cancelled_but_never_dou
     assert not (gone / worker.ATTEMPT).exists() and (over / worker.ATTEMPT).exists()
     assert settle("s", "04", "other key", said.append) == {}  # made from something else now
     assert Path(f"{queue}.cancelled").read_text() == "7\n" and "cancelled" in said[-1]
+    ending = left_over("ending", id="12")
+    queue.write_text("12|COMPLETING|None\n")
+    threading.Timer(1.5, queue.write_text, ["12|CANCELLED|None\n"]).start()
+    assert (
+        settle("s", "04", "key", said.append) == {} and not (ending / worker.ATTEMPT).exists()
+    )  # nobody takes it over
     left_over("lost", id="11")
     queue.unlink()
     with pytest.raises(StudyBusy, match=r"^job lost was handed to Slurm \(number 11\), which does not answer here"):
@@ -269,7 +307,7 @@ def test_a_job_still_under_way_in_slurm_is_waited_for_or_cancelled_but_never_dou
 def test_how_a_job_of_slurm_ended_is_asked_of_squeue_and_no_answer_is_no_end(queue, monkeypatch):
     monkeypatch.setattr(fanout, "_LOOK_S", 0.0)
     engine = fanout._Slurm(FanOut("slurm", 1, 1, 0), {})
-    queue.write_text("7|RUNNING\n8|OUT_OF_MEMORY\n9|COMPLETING\n")
+    queue.write_text("7|RUNNING|None\n8|OUT_OF_MEMORY|OutOfMemory\n9|COMPLETING|None\n")
     assert [engine.way_of_end(number) for number in ("7", "8", "9", "10")] == [None, "out of memory", None, ""]
     queue.unlink()
     assert engine.way_of_end("10") is None
@@ -284,7 +322,7 @@ def test_a_job_whose_time_is_up_goes_on_as_long_as_it_gets_further(queue, monkey
 
     def begin(engine, task, name):
         save_json({"done": next(reached), "total": 9, "text": "", "eta_s": None}, folder / "progress.json")
-        queue.write_text("7|TIMEOUT\n")
+        queue.write_text("7|TIMEOUT|TimeLimit\n")
         return "7"
 
     monkeypatch.setattr(fanout._Slurm, "begin", begin)

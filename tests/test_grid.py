@@ -26,16 +26,18 @@ from pursuhint_lib.grid import (
     Grid,
     GridStudy,
     conclusion,
+    fan_out_of_studies,
     grid_file,
     grid_seconds_left,
     main,
+    pipeline_command,
     read_grid,
     reproduce,
     write_studies,
 )
 from pursuhint_lib.live import LiveLine
-from pursuhint_lib.params import ParameterError, check_names, load_params, study_file
-from pursuhint_lib.pipeline import noted_signals
+from pursuhint_lib.params import PARAMS_FOLDER, ParameterError, check_names, load_params, study_file
+from pursuhint_lib.pipeline import Sources, check_jobs, noted_signals
 from pursuhint_lib.status import StudyBusy, read_status, study_lock
 from pursuhint_lib.storage import REPOSITORY, save_table
 
@@ -235,9 +237,9 @@ def toy_sources(root):
 
 
 def toy_command(root):
-    def command(study, arguments):
+    def command(study, options):
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_grid as t; "
-        code += f"sys.exit(t.test_pipeline.main({['reproduce', study, *arguments]!r}, t.toy_sources({str(root)!r})))"
+        code += f"sys.exit(t.test_pipeline.main({['reproduce', study, *options]!r}, t.toy_sources({str(root)!r})))"
         return [sys.executable, "-c", code]
 
     return command
@@ -300,8 +302,8 @@ def test_a_study_that_fails_is_tried_once_more_and_the_others_go_on(toys, capsys
     }
     begin = f"import os, sys; from pathlib import Path; mark = Path({str(toys.root / 'mark')!r}); "
 
-    def command(study, arguments):
-        return [sys.executable, "-c", begin + lines[study], *arguments]
+    def command(study, options):
+        return [sys.executable, "-c", begin + lines[study], *options]
 
     failed = toys.run(toys_of(0.5, 0.6, 0.7), command=command)
     assert failed == {"toys-0_5": "01_make stopped in cell [5]: ValueError: damaged"}
@@ -314,7 +316,7 @@ def test_a_study_that_fails_is_tried_once_more_and_the_others_go_on(toys, capsys
     assert "grid toys: 2 of 3 studies done\n" in captured.out
 
 
-def test_no_more_studies_run_at_a_time_than_asked_for_and_what_stands_behind_two_hyphens_is_handed_on(toys):
+def test_no_more_studies_run_at_a_time_than_asked_for(toys):
     trace = toys.root / "trace.txt"
     code = f"import sys, time; out = open({str(trace)!r}, 'a', buffering=1); print('begin', *sys.argv[1:], file=out); "
     code += "time.sleep(0.5); print('end', file=out)"
@@ -323,16 +325,63 @@ def test_no_more_studies_run_at_a_time_than_asked_for_and_what_stands_behind_two
             toys_of(*range(5)),
             jobs=2,
             stop=stop,
-            arguments=["--executor", "local"],
             sources=toy_sources(toys.root),
-            command=lambda study, arguments: [sys.executable, "-c", code, study, *arguments],
+            command=lambda study, options: [sys.executable, "-c", code, study, *options],
             fetch=lambda params: None,
         )
     assert failed == {}
     lines = trace.read_text().splitlines()
     at_a_time = list(itertools.accumulate(1 if line.startswith("begin") else -1 for line in lines))
     assert max(at_a_time) == 2 and at_a_time[-1] == 0
-    assert sorted(lines)[:5] == [f"begin toys-{n} --executor local" for n in range(5)]
+    assert sorted(lines)[:5] == [f"begin toys-{n}" for n in range(5)]
+
+
+def test_each_study_that_runs_at_the_same_time_has_gpus_of_its_own(toys, monkeypatch):
+    trace = toys.root / "trace.txt"
+    code = f"import os, sys, time; time.sleep(0.5); out = open({str(trace)!r}, 'a'); "
+    code += "print(os.environ['CUDA_VISIBLE_DEVICES'], file=out)"
+    for there, seen in (("0,1,2", {"0,2", "1"}), ("5", {"5"})):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", there)
+        trace.write_text("")
+        with noted_signals() as stop:
+            reproduce(
+                toys_of(0.1, 0.2, 0.3),
+                jobs=2,
+                stop=stop,
+                sources=toy_sources(toys.root),
+                command=lambda study, options: [sys.executable, "-c", code],
+                fetch=lambda params: None,
+            )
+        assert set(trace.read_text().split()) == seen
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--jobs", "0"], "JOBS = '0': should be a whole number, 1 or more"),
+        (["--executor", "lcoal"], "EXECUTOR = 'lcoal': should be local or slurm; did you mean 'local'?"),
+        (
+            ["--executor", "local", "--gpus", "1"],
+            "JOB_GPUS = '1': says nothing here, where a grid's jobs are its studies",
+        ),
+        (["--cores", "2"], "JOB_CORES = '2': says nothing without EXECUTOR"),
+    ],
+)
+def test_options_of_a_grid_that_say_nothing_are_one_line_before_anything_runs(home, capsys, options, told):
+    assert main(["reproduce", "digits_pairs", *options]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(told) and captured.err.count("\n") == 1 and captured.out == ""
+    assert not (home / "runs").exists()
+
+
+def test_under_slurm_the_studies_of_a_grid_are_told_what_was_asked_for(monkeypatch):
+    asked = fan_out_of_studies("slurm", "4", "", "time=60")
+    command = pipeline_command("pairs-a", asked.as_arguments)
+    assert command[-5:] == ["reproduce", "pairs-a", "--executor=slurm", "--cores=4", "--slurm=time=60"]
+    assert fan_out_of_studies("local", "", "", "") is None
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ParameterError, match="there is no sbatch here"):
+        check_jobs(asked, load_params(PARAMS_FOLDER / "smoke.yaml"), Sources())
 
 
 def test_ctrl_c_stops_all_studies_each_with_what_it_has_and_begins_no_other(toys):
@@ -387,7 +436,7 @@ def test_a_study_that_somebody_else_runs_is_waited_for(toys):
     lock, seen = contextlib.ExitStack(), []
     lock.enter_context(study_lock("toys-0_5"))
 
-    def command(study, arguments):
+    def command(study, options):
         seen.append(study)
         if study == "toys-0_7":  # the last of those that can run: now the other is let go of
             lock.close()

@@ -30,6 +30,7 @@ from slurm_on_loopback import environment, slurm, slurm_missing
 
 from pursuhint_lib.execution import StageFailed
 from pursuhint_lib.fanout import FanOut, Fleet, Work, settle
+from pursuhint_lib.params import ParameterError
 from pursuhint_lib.storage import REPOSITORY
 
 pytestmark = pytest.mark.skipif(bool(slurm_missing()), reason=slurm_missing())
@@ -224,6 +225,30 @@ def test_a_killed_job_is_begun_again_and_one_that_sbatch_refuses_is_one_line(clu
     fleet.options.slurm["partition"] = "nowhere"
     with pytest.raises(StageFailed, match=r"^sbatch refused the job wrong: .*partition"):
         fleet.run(works_of(tmp_path, wrong=""), {}, print, print)
+
+
+def test_what_slurm_would_refuse_is_one_line_before_anything_runs(cluster):
+    FanOut("slurm", 2, 1, 0, {"time": "10"}).check_slurm()
+    with pytest.raises(ParameterError, match="^EXECUTOR=slurm JOBS=2 JOB_CORES=64 JOB_GPUS=0: sbatch refuses") as error:
+        FanOut("slurm", 2, 64, 0).check_slurm()
+    assert "\n" not in str(error.value)
+    with pytest.raises(ParameterError, match="SLURM=partition=nowhere: sbatch refuses such jobs: .*partition"):
+        FanOut("slurm", 2, 1, 0, {"partition": "nowhere"}).check_slurm()
+
+
+def test_a_job_in_the_queue_says_what_it_waits_for(cluster, tmp_path, monkeypatch):
+    seen, rivals = [], [submit("sleep 600", "--cpus-per-task=1") for _ in range(2)]
+    wait_until(lambda: all(states()[number] == "RUNNING" for number in rivals), "the node is full")
+    fleet = fleet_of(tmp_path, monkeypatch, print)
+
+    def show(beat, lines):
+        seen.append((beat["text"], *lines))
+        if "Resources" in lines[0] or "Priority" in lines[0]:
+            call("scancel", *rivals)
+
+    fleet.run(works_of(tmp_path, late=""), {}, print, show)
+    assert any(line.startswith("  late · in the queue: ") for _, line in seen), seen
+    assert any(text == "0 of 1 jobs done, 0 running, 1 handed out" for text, _ in seen)
 
 
 def test_the_job_of_a_driver_that_is_gone_is_taken_over_or_cancelled(cluster, tmp_path, monkeypatch):
