@@ -277,8 +277,9 @@ def test_a_damaged_image_is_named_in_one_line(folder, train, tmp_path, loaders):
 
 
 READER = """
-import itertools, sys
+import itertools, signal, sys
 from pursuhint_lib.folders import FolderBatches, load_folders
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where tests run in a shell's background
 train = load_folders(sys.argv[1], image_size=16)["train"]
 batches = FolderBatches(train, 2, mean=[0.5] * 3, std=[0.2] * 3, shuffle=True, crop=True, loaders=2)
 for epoch in itertools.count():
