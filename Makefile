@@ -68,7 +68,7 @@ export: ready ## write a student as files that run without this project (STUDY, 
 figures: ready ## draw the figures of a published study again from its tables (STUDY)
 	@exec .venv/bin/python -m pursuhint_lib.drawings "$(STUDY)"
 
-# In the order of files, for the long ones lie in the middle of the alphabet and would come last by number of tests.
+# In the order of tests/conftest.py, not by number of tests.
 test: ready ## run every test
 	@exec .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 

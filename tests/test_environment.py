@@ -161,10 +161,19 @@ def test_make_reproduce_hands_over_study_force_and_data():
 
 def test_make_reproduce_hands_over_a_grid_and_refuses_to_force_one():
     shown = make("-n", "reproduce", "GRID=digits_pairs", "JOBS=2").stdout
-    assert 'pursuhint_lib.grid reproduce "digits_pairs" --jobs "2"' in shown and "pipeline" not in shown
+    assert 'pursuhint_lib.grid reproduce "digits_pairs" --jobs="2"' in shown and "pipeline" not in shown
     assert "--jobs" not in make("-n", "reproduce", "GRID=digits_pairs").stdout
     forced = make("reproduce", "GRID=digits_pairs", "FORCE=1")
     assert forced.returncode != 0 and forced.stderr.startswith("FORCE=1 is for one study")
+    both = make("reproduce", "GRID=digits_pairs", "STUDY=digits")
+    assert both.returncode != 0 and both.stderr.startswith("STUDY or GRID: name one of them")
+
+
+def test_options_of_sbatch_reach_the_commands_as_they_were_given():
+    options = """comment="a b" constraint='x&y' time=3 name=`whoami`"""
+    show = "--eval=show: ; @printf '%s' --slurm=\"$$SLURM\""
+    assert make(show, "show", f"SLURM={options}").stdout == f"--slurm={options}"
+    assert '--slurm="$SLURM"' in make("-n", "reproduce", "EXECUTOR=slurm", f"SLURM={options}").stdout
 
 
 @pytest.mark.parametrize(
