@@ -8,7 +8,7 @@ import pytest
 from pursuhint_lib.drawings import PICTURES, main, redraw
 from pursuhint_lib.storage import REPOSITORY
 
-STUDIES = ("cifar100_resnet32_resnet8",)
+STUDIES = ("digits", "cifar100_resnet32_resnet8")
 
 
 def same_matplotlib(study):
