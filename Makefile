@@ -8,7 +8,6 @@ JOBS =
 JOB_CORES =
 JOB_GPUS =
 SLURM =
-export SLURM
 ARM =
 SEED =
 DATA =

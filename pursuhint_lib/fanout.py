@@ -627,14 +627,13 @@ def settle(study: str, stage: str, key: str, say: Callable[[str], None]) -> dict
             continue
         if attempt.get("executor") == "slurm":
             number = attempt["id"] or read_worker(folder, token).get("slurm", "")
-            if _living([number], folder):
-                if folder.parent.name == stage and attempt["key"] == key:
-                    say(
-                        f"job {folder.name} of an earlier run is still under way (Slurm's job {number}): waiting for it"
-                    )
-                    adopted[folder.name] = {"id": number, "token": token}
-                    continue
-                _end_slurm_jobs([number], folder, say)
+            state = _slurm_state(number, folder)
+            # One that is ending, well or not, cannot be taken over.
+            if state not in ("", "COMPLETING") and folder.parent.name == stage and attempt["key"] == key:
+                say(f"job {folder.name} of an earlier run is still under way (Slurm's job {number}): waiting for it")
+                adopted[folder.name] = {"id": number, "token": token}
+                continue
+            _end_slurm_job(number, folder, say)
         path.unlink(missing_ok=True)  # a job that has not begun yet finds no token of its own and does nothing
         end_workers(folder, say)
     return adopted
@@ -649,34 +648,31 @@ def end_workers(folder: Path, say: Callable[[str], None]) -> None:
             continue
         worker = read_worker(folder, token)
         if number := worker.get("slurm"):
-            _end_slurm_jobs(_living([number], folder), folder, say)
+            _end_slurm_job(number, folder, say)
         elif worker.get("host") == socket.gethostname():
             end_family(worker["family"], patience_s=4)  # without its driver it ends by itself
         path.unlink(missing_ok=True)
 
 
-def _living(numbers: Sequence[str], folder: Path) -> list[str]:
-    for _ in range(_PATIENCE_S):
-        there = slurm_jobs()
-        if there is None:
-            raise StudyBusy(
-                f"job {folder.name} was handed to Slurm (number {', '.join(numbers) or 'unknown'}), which does not "
-                f"answer here: go on where squeue does, or delete {short(folder)} when the job is gone"
-            )
-        states = {number: there[number][0] for number in numbers if number in there}
-        if "COMPLETING" not in states.values():  # it has ended, well or not, and cannot be taken over
-            break
-        time.sleep(1)
-    return [number for number, state in states.items() if state not in _SLURM_OVER]
+def _slurm_state(number: str, folder: Path) -> str:
+    """Of a job that is not over, "" of any other."""
+    there = slurm_jobs()
+    if there is None:
+        raise StudyBusy(
+            f"job {folder.name} was handed to Slurm (number {number or 'unknown'}), which does not answer here: go on "
+            f"where squeue does, or delete {short(folder)} when the job is gone"
+        )
+    state, _ = there.get(number, ("", ""))
+    return "" if state in _SLURM_OVER else state
 
 
-def _end_slurm_jobs(numbers: Sequence[str], folder: Path, say: Callable[[str], None]) -> None:
-    if not numbers:
+def _end_slurm_job(number: str, folder: Path, say: Callable[[str], None]) -> None:
+    if not _slurm_state(number, folder):
         return
-    say(f"job {folder.name} of an earlier run is still under way (Slurm's job {numbers[0]}): cancelled")
-    subprocess.run(["scancel", *numbers], capture_output=True)
+    say(f"job {folder.name} of an earlier run is still under way (Slurm's job {number}): cancelled")
+    subprocess.run(["scancel", number], capture_output=True)
     for _ in range(_PATIENCE_S):
-        if not _living(numbers, folder):
+        if not _slurm_state(number, folder):
             return
         time.sleep(1)
-    raise StudyBusy(f"Slurm's job {numbers[0]} was cancelled a minute ago and is still there: try again later")
+    raise StudyBusy(f"Slurm's job {number} was cancelled a minute ago and is still there: try again later")

@@ -245,6 +245,7 @@ def test_a_job_in_the_queue_says_what_it_waits_for(cluster, tmp_path, monkeypatc
         seen.append((beat["text"], *lines))
         if "Resources" in lines[0] or "Priority" in lines[0]:
             call("scancel", *rivals)
+        assert len(seen) < 200, seen  # a minute and more
 
     fleet.run(works_of(tmp_path, late=""), {}, print, show)
     assert any(line.startswith("  late · in the queue: ") for _, line in seen), seen
