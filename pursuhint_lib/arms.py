@@ -22,7 +22,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pursuhint_lib import parallel
+from pursuhint_lib import arithmetic, parallel
+from pursuhint_lib.arithmetic import check_arithmetic, suited_format
 from pursuhint_lib.controls import ControlTeacher, control_teacher
 from pursuhint_lib.data import BatchSource
 from pursuhint_lib.features import FrozenTeacher
@@ -252,7 +253,8 @@ class Distillation:
             student_table=self.student_table,
             labels=self.images.train.labels,
             seed=seed,
-        ).to(self.device, memory_format=torch.channels_last)
+        )
+        learner.to(self.device, memory_format=suited_format(learner.model, self.device))
         if arm.hints:
             first = list(itertools.islice(self.batches(seed).epoch(0), 4))
             with autocast(self.device, self.dtype):
@@ -287,7 +289,7 @@ class Distillation:
             teacher=state_hash(self.teacher.model),
             schedule=asdict(self.schedule),
             **self.params.model_dump(include={"student", "ce_weight", "temperature", "balance", "hint_share"}),
-            **training_facts(self.params, self.images, self.params.batch_size, self.device, self.dtype),
+            **training_facts(self.params, self.images, self.params.student, self.device, self.dtype),
         )
 
     def _check_sources(self, arm: Arm) -> None:
@@ -374,6 +376,7 @@ def training_key(**facts: Any) -> str:
 def _code_hash() -> str:
     here = Path(__file__).parent
     names = [
+        "arithmetic",
         "arms",
         "baselines",
         "controls",
@@ -444,13 +447,14 @@ def train_and_keep(
     arms: name -> training key. A student whose file carries the same key is finished and is not trained again (`build`
     is not even called for it). The others go on from the checkpoint of an interrupted run, if there is one.
     build(name) -> a learner with fresh weights. progress counts epochs of single students (arms x epochs). With each
-    student stands the commit at which its training was begun, or taken up again. Returns one row per arm and epoch, as
-    `training.fit`, in the order of `arms`.
+    student stands the commit at which its training was begun, or taken up again, and the arithmetic of this machine.
+    Returns one row per arm and epoch, as `training.fit`, in the order of `arms`.
 
     processes: how many train the students together; each of them calls this (see `parallel`), and the first one alone
     looks for files and writes them. They may be called for by one that is none of them when all is finished.
 
     Raises ValueError, one line, for a damaged student or checkpoint file; nothing is overwritten then. Raises
+    WrongArithmetic, one line, before anything is trained, where this machine computes a network's gradients wrongly;
     RuntimeError for students that are to be trained by another number of processes than there are.
     """
     folder, seed = Path(folder), batches.seed
@@ -470,8 +474,10 @@ def train_and_keep(
         if group:
             if parallel.rank() == 0:
                 save_json({name: arms[name] for name in group}, keys_file)
-            source = source_state()
             learners = {name: build(name) for name in group}
+            for model in {repr(learner.model): learner.model for learner in learners.values()}.values():
+                check_arithmetic(model, batches.image_set.image_shape, batches.batch_size, batches.device, dtype)
+            source = source_state()
             history = fit(
                 learners,
                 batches,
@@ -486,7 +492,8 @@ def train_and_keep(
             )
             if parallel.rank() == 0:
                 for name, learner in learners.items():
-                    _keep(folder, name, seed, learner, history[history["arm"] == name], arms[name], source)
+                    own = source | {"arithmetic": arithmetic.facts(learner.model, batches.device, dtype)}
+                    _keep(folder, name, seed, learner, history[history["arm"] == name], arms[name], own)
                 checkpoint.unlink()
                 keys_file.unlink()
     parallel.wait_for_all()  # for the files of the first

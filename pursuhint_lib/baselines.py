@@ -67,7 +67,7 @@ class Baselines:
                     network = load_weights(fresh_network(p.teacher, self.images, p.teacher_seed), p.teacher_weights)
                     histories.append(keep_pretrained(folder, network, p.teacher_seed, self._validation(), self.dtype))
             if seeds:
-                schedule, facts = self.teacher_schedule, self._facts()
+                schedule, facts = self.teacher_schedule, self._facts(p.teacher)
                 recipe = {"network": p.teacher, "schedule": asdict(schedule)}
                 keys = {name: training_key(seed=seed, **recipe, **facts) for name, seed in seeds.items()}
                 if p.processes > parallel.size() and unfinished(folder, keys, p.teacher_seed):
@@ -100,7 +100,8 @@ class Baselines:
         p, seeds = self.params, seeds or self.params.seeds
         histories = []
         with torch_threads(max(1, p.threads // p.processes)):
-            key = training_key(network=p.student, schedule=asdict(self.student_schedule), **self._facts())
+            schedule = asdict(self.student_schedule)
+            key = training_key(network=p.student, schedule=schedule, **self._facts(p.student))
             if p.processes > parallel.size() and any(unfinished(folder, {"unaided": key}, seed) for seed in seeds):
                 name = f"unaided-s{seeds[0]}" if len(seeds) == 1 else "unaided"
                 train_together(Job("01_train_teacher", name, tuple(seeds)), p, folder, report_to or folder)
@@ -141,5 +142,5 @@ class Baselines:
     def _validation(self):
         return fixed_batches(self.params, self.images, "validation", self.device)
 
-    def _facts(self) -> dict:
-        return training_facts(self.params, self.images, self.params.batch_size, self.device, self.dtype)
+    def _facts(self, network: str) -> dict:
+        return training_facts(self.params, self.images, network, self.device, self.dtype)

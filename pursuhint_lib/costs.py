@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from pursuhint_lib.arithmetic import laid_out, suited_format
 from pursuhint_lib.arms import Arm
 from pursuhint_lib.evaluation import count_macs, count_parameters
 from pursuhint_lib.learners import Distilled
@@ -108,7 +109,7 @@ def measure_speed(
     dtype: torch.dtype,
     seconds: float = 0.3,
 ) -> dict[str, Any]:
-    """Time and memory of one forward pass of `batch` random images (C, H, W), in eval mode, channels last, under
+    """Time and memory of one forward pass of `batch` random images (C, H, W), in eval mode, in `suited_format`, under
     `training.autocast` with dtype, in inference mode, with torch's present number of threads. `model` is left as it is.
 
     seconds: for how long to measure, after a warm-up; one pass is measured at least. Returns batch; latency_ms of a
@@ -125,9 +126,9 @@ def measure_speed(
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
-    network = copy.deepcopy(model).eval().to(device, memory_format=torch.channels_last)
+    network = copy.deepcopy(model).eval().to(device, memory_format=suited_format(model, device))
     images = torch.randn(batch, *image_shape, generator=torch.Generator().manual_seed(0))
-    images = images.to(device, memory_format=torch.channels_last)
+    images = laid_out(images.to(device), network)
     threads = torch.get_num_threads()
     with torch.inference_mode(), autocast(device, dtype):
         timer = Timer("network(images)", globals={"network": network, "images": images}, num_threads=threads)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pursuhint_lib import parallel
+from pursuhint_lib.arithmetic import laid_out
 from pursuhint_lib.data import Batch
 from pursuhint_lib.features import FeatureExtractor, Observation
 from pursuhint_lib.hints import HintPair
@@ -48,7 +49,7 @@ class Supervised(nn.Module):
 
     def losses(self, batch: Batch, observation: Observation | None, progress: float = 1.0) -> dict[str, Tensor]:
         """`observation` and `progress` are not looked at."""
-        logits = self.model(batch.images)
+        logits = self.model(laid_out(batch.images, self.model))
         cls = cls_loss(logits, batch.labels)
         return {"loss": cls, "logits": logits, "cls": cls}
 
@@ -239,7 +240,8 @@ class Distilled(nn.Module):
         self, batch: Batch, observation: Observation, teaching: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
         """logits, cls, the logit loss, and the unweighted hint terms of the pairs with these numbers, by number."""
-        logits, features = self._extract(batch.images) if self._extract else (self.model(batch.images), {})
+        images = laid_out(batch.images, self.model)
+        logits, features = self._extract(images) if self._extract else (self.model(images), {})
         cls = cls_loss(logits, batch.labels)
         logit_term = LOGIT_LOSSES[self.logit_loss](logits, observation.logits, batch.labels, self.temperature)
         hints = {}

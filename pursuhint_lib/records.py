@@ -86,8 +86,8 @@ def inputs_of(
 
 def trained_at(folder: Path) -> dict[str, dict[str, Any]]:
     """File name of a network below ``<folder>/networks/``, without its suffix -> commit and dirty (whether there were
-    changes) of the code that trained it, as `arms.train_and_keep` has written it down; those where it did not are left
-    out. Reads no weights.
+    changes) of the code that trained it, and the arithmetic (`arithmetic.facts`), as `arms.train_and_keep` has
+    written it down; those where it did not are left out. Reads no weights.
     """
     found = {}
     for path in sorted((folder / "networks").glob("*.safetensors")):

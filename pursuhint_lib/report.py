@@ -157,11 +157,18 @@ def _unique_names(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _provenance(facts: Facts) -> dict[str, Any]:
-    """Versions, hardware and threads, each with the stages that it holds for; every parameter, by stage."""
+    """Versions, hardware, threads and the arithmetic of trainings, each with the stages that it holds for; every
+    parameter, by stage.
+    """
     about: dict[str, dict[str, list[str]]] = {"versions": {}, "hardware": {}, "threads": {}}
     for (stage, record), (what, values) in itertools.product(facts.records.items(), about.items()):
         if record.get(what) is not None:  # notebook 03 is told no number of threads
             values.setdefault(_in_words(record[what]), []).append(stage)
+    about["arithmetic"] = {}
+    for stage, record in facts.records.items():
+        trained = record.get("runs", {}).get("trained_at", {}).values()
+        for words in dict.fromkeys(_in_words(of["arithmetic"]) for of in trained if "arithmetic" in of):
+            about["arithmetic"].setdefault(words, []).append(stage)
     parameters = {
         stage: record["inputs"]["parameters"] for stage, record in facts.records.items() if "inputs" in record
     }

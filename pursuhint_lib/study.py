@@ -3,11 +3,13 @@
 Notebooks 01, 02, 04 and 05 must agree on what is trained on, chosen by and tested with; they all ask here.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pursuhint_lib import arithmetic
 from pursuhint_lib.data import Batches, BatchSource, ImageSet, balanced_subset, channel_stats, hold_out, load_images
 from pursuhint_lib.folders import IMAGENET_MEAN, IMAGENET_STD, FolderBatches, FolderSet, load_folders
 from pursuhint_lib.learners import seeded
@@ -147,16 +149,25 @@ def fresh_network(name: str, images: StudyImages, seed: int) -> nn.Module:
 
 
 def training_facts(
-    params: StudentTraining, images: StudyImages, batch_size: int, device: torch.device, dtype: torch.dtype
+    params: StudentTraining, images: StudyImages, network: str, device: torch.device, dtype: torch.dtype
 ) -> dict:
     """What decides a trained network besides its own recipe: images, disturbance, batches, arithmetic. For
-    `arms.training_key`. Of several processes that train it, the parameters tell how many threads each has.
+    `arms.training_key`. network: its name. Of several processes that train it, the parameters tell how many
+    threads each has.
     """
     disturbance = {key: getattr(params, key) for key in ("noise", "crop_padding", "flip", "split_seed")}
     if params.streaming:  # named only then, so that networks trained on images in memory keep their keys
         disturbance["streaming"] = True
-    arithmetic = {"device": device.type, "dtype": str(dtype), "threads": torch.get_num_threads()}
+    computed = arithmetic.facts(_shell(network, len(images.train.classes), images.shape[0]), device, dtype)
     if params.processes > 1:  # named only then, as streaming
-        arithmetic |= {"threads": max(1, params.threads // params.processes), "processes": params.processes}
-        arithmetic["sync_batch_norm"] = params.sync_batch_norm
-    return {"images": images.facts(), "disturbance": disturbance, "batch_size": batch_size, "arithmetic": arithmetic}
+        computed |= {"threads": max(1, params.threads // params.processes), "processes": params.processes}
+        computed["sync_batch_norm"] = params.sync_batch_norm
+    facts = {"images": images.facts(), "disturbance": disturbance, "batch_size": params.batch_size}
+    return facts | {"arithmetic": computed}
+
+
+@functools.cache
+def _shell(network: str, classes: int, channels: int) -> nn.Module:
+    """A network without weights."""
+    with torch.device("meta"):
+        return build_model(network, classes, channels=channels)

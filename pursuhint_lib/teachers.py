@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from pursuhint_lib.arithmetic import cpu_capability
 from pursuhint_lib.arms import kept_file
 from pursuhint_lib.data import BatchSource
 from pursuhint_lib.features import FrozenTeacher, layer_table
@@ -91,7 +92,7 @@ def _key(
         "images": images.facts(),
         **params.model_dump(include={"noise", "split_seed", "streaming"}),
         **params.model_dump(include={"probe_images", "pooling_grid", "similarity_metrics"}),
-        "arithmetic": {"device": device.type, "threads": torch.get_num_threads()},
+        "arithmetic": {"device": device.type, "threads": torch.get_num_threads(), "cpu": cpu_capability()},
         "code": hashlib.sha256(code).hexdigest(),
         "torch": torch.__version__,
     }

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pursuhint_lib import parallel
+from pursuhint_lib.arithmetic import suited_format
 from pursuhint_lib.data import Batch, BatchSource, Part
 from pursuhint_lib.features import FrozenTeacher, Observation
 from pursuhint_lib.learners import shares_of_gradient, weighted_terms
@@ -177,7 +178,10 @@ def fit(
     """
     together = parallel.size() > 1
     device = batches.device
-    learners = {name: learner.to(device, memory_format=torch.channels_last) for name, learner in learners.items()}
+    learners = {
+        name: learner.to(device, memory_format=suited_format(learner.model, device))
+        for name, learner in learners.items()
+    }
     optimizers = {name: _optimizer(learner, schedule) for name, learner in learners.items()}
     state = {"epoch": 0, "rows": [], "failed": []}
     if checkpoint is not None and parallel.from_first(Path(checkpoint).exists):

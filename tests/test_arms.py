@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pursuhint_lib import arms as arms_module
+from pursuhint_lib.arithmetic import WrongArithmetic, facts
 from pursuhint_lib.arms import (
     Arm,
     Distillation,
@@ -209,10 +210,22 @@ def test_beside_a_student_stands_the_commit_that_trained_it_whatever_runs_later(
     distillation.train(both[:1], tmp_path, seeds=[1])
     distillation.train(both, tmp_path, seeds=[1])
     found = trained_at(tmp_path)
-    assert found["kd-s1"] == {"commit": "a" * 40, "dirty": True}
-    assert found["fitnet_first-s1"] == {"commit": "b" * 40, "dirty": False}
+    arithmetic = facts(fresh_network(PARAMS.student, distillation.images, 0), CPU, torch.float32)
+    assert found["kd-s1"] == {"commit": "a" * 40, "dirty": True, "arithmetic": arithmetic}
+    assert found["fitnet_first-s1"] == {"commit": "b" * 40, "dirty": False, "arithmetic": arithmetic}
+    assert arithmetic["memory_format"] == "contiguous_format" and arithmetic["cpu_capability"]
     (tmp_path / "networks" / "odd-s0.safetensors").write_bytes(b"no network")
     assert trained_at(tmp_path) == found
+
+
+def test_nothing_is_trained_where_this_machine_computes_a_network_wrongly(distillation, tmp_path, monkeypatch):
+    def wrong(*network):
+        raise WrongArithmetic("this machine computes conv1 wrongly")
+
+    monkeypatch.setattr(arms_module, "check_arithmetic", wrong)
+    with pytest.raises(WrongArithmetic, match="computes conv1 wrongly"):
+        distillation.train(arms_of(distillation)[:1], tmp_path)
+    assert not list(tmp_path.glob("networks/*"))
 
 
 class Interrupted(Exception):

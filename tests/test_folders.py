@@ -364,12 +364,12 @@ def test_a_part_of_a_batch_is_what_it_is_in_the_whole_and_no_other_image_is_deco
 
 def test_keys_of_trained_networks_name_streaming_only_where_it_is_on_and_loaders_never(params):
     images = study_images(params)
-    facts = training_facts(params, images, 4, CPU, torch.float32)
+    facts = training_facts(params, images, "resnet8_w4", CPU, torch.float32)
     assert facts["disturbance"]["streaming"] is True
-    assert facts == training_facts(params.model_copy(update={"loaders": 7}), images, 4, CPU, torch.float32)
+    assert facts == training_facts(params.model_copy(update={"loaders": 7}), images, "resnet8_w4", CPU, torch.float32)
     off = params.model_copy(update={"streaming": False})
     before = {"noise", "crop_padding", "flip", "split_seed"}
-    assert set(training_facts(off, images, 4, CPU, torch.float32)["disturbance"]) == before
+    assert set(training_facts(off, images, "resnet8_w4", CPU, torch.float32)["disturbance"]) == before
 
 
 def test_training_that_was_interrupted_ends_with_the_bytes_of_one_that_was_not(params, tmp_path):

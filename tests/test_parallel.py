@@ -243,9 +243,9 @@ def test_what_processes_decide_is_part_of_the_key_only_where_there_are_several()
     images = study_images(PARAMS)
 
     def facts(**changes):
-        return training_facts(PARAMS.model_copy(update=changes), images, 64, CPU, torch.float32)["arithmetic"]
+        return training_facts(PARAMS.model_copy(update=changes), images, "resnet8_w4", CPU, torch.float32)["arithmetic"]
 
-    assert set(facts()) == {"device", "dtype", "threads"}
+    assert set(facts()) == {"device", "precision", "threads", "memory_format", "cpu_capability"}
     two = facts(processes=2, threads=5)
     assert (two["processes"], two["sync_batch_norm"], two["threads"]) == (2, False, 2)
     assert two != facts(processes=2, threads=5, sync_batch_norm=True)

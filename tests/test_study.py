@@ -61,7 +61,7 @@ def test_a_network_depends_on_its_seed_alone_and_the_facts_on_what_decides_it():
     first = fresh_network("resnet8_w4", images, 1)
     assert state_hash(first) == state_hash(fresh_network("resnet8_w4", images, 1))
     assert state_hash(first) != state_hash(fresh_network("resnet8_w4", images, 2))
-    facts = training_facts(PARAMS, images, 64, CPU, torch.float32)
+    facts = training_facts(PARAMS, images, "resnet8_w4", CPU, torch.float32)
     for change in ({"noise": 0.1}, {"crop_padding": 0}, {"flip": True}):
-        assert training_facts(PARAMS.model_copy(update=change), images, 64, CPU, torch.float32) != facts
-    assert training_facts(PARAMS, images, 64, CPU, torch.bfloat16) != facts
+        assert training_facts(PARAMS.model_copy(update=change), images, "resnet8_w4", CPU, torch.float32) != facts
+    assert training_facts(PARAMS, images, "resnet8_w4", CPU, torch.bfloat16) != facts
