@@ -262,6 +262,8 @@ def _record(stage, number):
     # Students of seed 0 were trained before the notebook ran for the last time, with changes that were not committed.
     trained_at = {name: {"commit": "abcdef0" * 5, "dirty": True} for name in models if name.endswith("-s0")}
     trained_at |= {name: {"commit": f"{number}c" * 20, "dirty": False} for name in models if name not in trained_at}
+    arithmetic = {"device": "cpu", "precision": "float32", "memory_format": "contiguous_format", "cpu_capability": "AVX2"}
+    trained_at = {name: about | {"arithmetic": arithmetic} for name, about in trained_at.items()}
     return {
         "stage": stage,
         "key": f"{number}f" * 32,
@@ -681,6 +683,7 @@ def test_provenance_names_run_commit_and_state_of_every_stage(home):
         assert ("with uncommitted changes" in row) == (number == 3)
     about = text(page.table("Versions and hardware"))
     assert "torch 2.15.0" in about and "Imagined CPU, cores 2" in about and "[]" not in about and "None" not in about
+    assert about.count("precision float32, memory_format contiguous_format, cpu_capability AVX2") == 1
     for caption in page.all("figcaption"):
         assert re.search(r"From \d\d_\w+, run \w{8}, commit \w{7}", text(caption))
 
