@@ -19,14 +19,16 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,19 +36,21 @@ import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from pursuhint_lib import storage
 
 DATA_SETS = ("digits", "cifar10", "cifar100", "image_folder")
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none runs a program to decode
+GROUND = "white"  # what shows through where an image is transparent
 
 _DIGITS_TEST_SHARE = 0.3
 _DIGITS_SPLIT_SEED = 0
 _DOWNLOAD_TIMEOUT = 30  # seconds of silence; a closed network must end in an error, not in a wait for ever
 _DECODE_CHUNK = 128  # images per task of the thread pool
+_DEEP = re.compile("^[IF]|;16[BLN]")  # in Pillow's mode and raw modes of an image: more than 8 bits a channel
 
 logger = logging.getLogger(__name__)
 
@@ -145,14 +149,14 @@ def load_images(
         folder hangs below the home (`storage.home`). A folder that is named must be there. Digits read no folder.
         CIFAR is read from ``train/<class>/*.png`` and ``test/<class>/*.png``; where neither folder exists,
         torchvision's copy is used, and downloaded first if need be. Both give the same ImageSet, bit for bit.
-        `image_folder` is read from ``train/<class>/*`` and ``test/<class>/*``; without a ``test/``, from ``val/``.
+        `image_folder` is read from ``train/<class>/*`` and ``test/<class>/*``, see `list_image_folder`.
     n_classes: 0 for all classes, else that many, drawn by `seed`, relabeled 0..n-1 in class order.
     image_size: for `image_folder`, and needed there: the shorter side is resized to it and the center is cropped.
     test_repeats: how often each test image occurs (`ImageSet.repeated`), for several draws of noise per image.
     seed: draws the classes, nothing else.
 
-    Images come sorted by class: take `balanced_subset` to look at a few. Folders are decoded once and cached in
-    ``data/cache/`` below the home, until a file is added, removed or changed.
+    Images come sorted by class: take `balanced_subset` to look at a few. Folders are decoded once (see `read_image`)
+    and cached in ``data/cache/`` below the home, until a file is added, removed or changed.
 
     Raises ValueError for an unknown name, an impossible number or a damaged image, FileNotFoundError when the images
     are not there, not complete, or cannot be downloaded; each with one line.
@@ -219,7 +223,9 @@ def _load_cifar(name: str, folder: Path) -> dict[str, ImageSet]:
     """
     expected = _CIFAR[name]
     if any((folder / split).is_dir() for split in expected.per_class):
-        files = {split: _list_split(folder, split) for split in expected.per_class}
+        passed: Counter[str] = Counter()
+        files = {split: _list_split(folder, split, passed) for split in expected.per_class}
+        _say_passed_over(folder, passed)
         for split, per_class in expected.per_class.items():
             _check_complete(name, folder / split, files[split], expected.n_classes, per_class)
         classes = sorted(files["train"])
@@ -287,15 +293,26 @@ def _in_canonical_order(image_set: ImageSet) -> ImageSet:
 def list_image_folder(
     folder: Path, n_classes: int, seed: int
 ) -> tuple[dict[str, dict[str, list["ImageFile"]]], list[str]]:
-    """The image files of ``train/<class>/`` and ``test/<class>/`` (or ``val/``), nothing decoded.
+    """The image files of ``train/<class>/`` and ``test/<class>/``, those in subfolders too; nothing is decoded.
+
+    A ``test/`` that is not there, or has none of the classes of ``train/``, as where nothing is labeled, leaves its
+    place to ``val/``. Logs, in one line, what is passed over: hidden files, those that no suffix makes an image that
+    the installed Pillow reads, those outside a class, and those of a ``val/`` or ``test/`` that is not used.
 
     Returns split ("train", "test") -> class -> its files, both sorted by name, and the classes: `n_classes` of them
     drawn by `seed`, all for 0. Raises FileNotFoundError or ValueError, one line, when the folder is not made like that.
     """
-    test_split = next((split for split in ("test", "val") if (folder / split).is_dir()), None)
-    if test_split is None or not (folder / "train").is_dir():
+    there = [split for split in ("test", "val") if (folder / split).is_dir()]
+    if not there or not (folder / "train").is_dir():
         raise FileNotFoundError(f"image folder {folder} must hold train/<class>/* and test/<class>/* or val/<class>/*")
-    files = {"train": _list_split(folder, "train"), "test": _list_split(folder, test_split)}
+    passed: dict[str, Counter[str]] = {split: Counter() for split in ("train", *there)}
+    listed = {split: _list_split(folder, split, of_split) for split, of_split in passed.items()}
+    test_split = next((split for split in there if listed[split].keys() & listed["train"].keys()), there[0])
+    for split in set(there) - {test_split}:
+        unused = passed[split].total() + sum(map(len, listed[split].values()))
+        passed[split] = Counter({f"in {split}/, as {test_split}/ is the test set": unused})
+    _say_passed_over(folder, sum(passed.values(), Counter()))
+    files = {"train": listed["train"], "test": listed[test_split]}
     unknown = sorted(set(files["test"]) - set(files["train"]))
     if unknown:
         raise ValueError(f"class {unknown[0]!r} is in {folder / test_split} but not in {folder / 'train'}")
@@ -303,7 +320,7 @@ def list_image_folder(
         empty = [class_name for class_name, found in classes.items() if not found]
         if empty or not classes:
             where = folder / (test_split if split == "test" else split) / (empty[0] if empty else "<class>")
-            raise FileNotFoundError(f"{where} holds no images (known suffixes: {' '.join(IMAGE_SUFFIXES)})")
+            raise FileNotFoundError(f"{where} holds no images (known suffixes: {' '.join(_suffixes())})")
     chosen = _choose_classes(sorted(files["train"]), n_classes, seed)
     files = {split: {name: classes[name] for name in chosen if name in classes} for split, classes in files.items()}
     return files, chosen
@@ -353,26 +370,50 @@ class ImageFile(NamedTuple):
 
     path: str
     size: int
-    mtime_ns: int
+    changed_ns: int  # the system's own time of change: what unpacks or copies a file sets the other one as it likes
 
 
-def _list_split(folder: Path, split: str) -> dict[str, list[ImageFile]]:
-    """Image files by class, both sorted by name. Hidden files and other suffixes are passed over."""
+@cache
+def _suffixes() -> tuple[str, ...]:
+    """Suffixes of FORMATS, as far as the installed Pillow reads them."""
+    return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
+
+
+def _list_split(folder: Path, split: str, passed: Counter[str]) -> dict[str, list[ImageFile]]:
+    """Image files by class, both sorted by name; what is passed over is counted in `passed`.
+
+    The class of a file is the folder below `split` that it lies in, however deep; or, where there is a table of them,
+    as in the ``val/`` of Tiny ImageNet, the second word of the file's line in ``<split>_annotations.txt``.
+    """
     if not (folder / split).is_dir():
         return {}
-    classes = {}
-    for class_name in sorted(entry.name for entry in os.scandir(folder / split) if _is_visible_folder(entry)):
-        found = []
-        for entry in os.scandir(folder / split / class_name):
-            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".") and entry.is_file():
-                status = entry.stat()
-                found.append(ImageFile(f"{split}/{class_name}/{entry.name}", status.st_size, status.st_mtime_ns))
-        classes[class_name] = sorted(found)
-    return classes
+    table = folder / split / f"{split}_annotations.txt"
+    lines = table.read_text(encoding="utf-8", errors="replace").splitlines() if table.is_file() else []
+    class_of = {name: class_name for name, class_name, *_ in (f"{line}\t\t".split("\t") for line in lines)}
+    classes: dict[str, list[ImageFile]] = {}
+    for path, status in storage.files_below(folder / split):
+        top, inside, _ = path.partition("/")
+        name = path.rpartition("/")[2]
+        class_name = class_of.get(name, "") if class_of else top if inside else ""
+        found = classes.setdefault(class_name, []) if class_name else []
+        if status and class_name and name.lower().endswith(_suffixes()):
+            found.append(ImageFile(f"{split}/{path}", status.st_size, status.st_ctime_ns))
+        elif name and path != table.name:
+            what = f"*{Path(name).suffix}" if class_name else "outside the folders of classes"
+            passed["hidden" if name.startswith(".") else what] += 1
+    return {as_text(class_name): sorted(found) for class_name, found in sorted(classes.items())}
 
 
-def _is_visible_folder(entry: os.DirEntry) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
+def _say_passed_over(folder: Path, passed: Counter[str]) -> None:
+    if passed:
+        most = sorted(passed.items(), key=lambda item: (-item[1], item[0]))[:5]
+        counts = ", ".join(f"{count} {what}" for what, count in most)
+        logger.warning("images of %s: %d passed over (%s)", as_text(folder), passed.total(), as_text(counts))
+
+
+def as_text(name: str | Path) -> str:
+    """The name of a file or folder as text, bytes that are not UTF-8 written as ``\\xe9``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _decoded_sets(
@@ -387,16 +428,21 @@ def _decoded_sets(
     """ImageSets of listed files, in the order of the listing, from the cache when nothing changed since."""
     flat = {split: [file for found in by_class.values() for file in found] for split, by_class in files.items()}
     shapes = {split: (len(found), 3, image_size, image_size) for split, found in flat.items()}
-    # Pillow's version is in the key because its decoders and its resizing may change by a bit.
-    listing = json.dumps([PIL.__version__, image_size, flat])
+    # Pillow's version is in the key because its decoders and its resizing may change by a bit; the folder, because
+    # another may hold files of equal names, sizes and times.
+    listing = json.dumps([PIL.__version__, image_size, str(folder.resolve()), flat])
     key = hashlib.sha256(listing.encode()).hexdigest()[:16]
     cache = storage.home() / "data" / "cache" / f"{name}-{key}.npz"
     images = _read_cache(cache, shapes)
     if images is None:
         _check_memory(folder, shapes)
         total = sum(map(len, flat.values()))
+        changed: list[str] = []
         with tqdm(total=total, desc=f"decoding {name}", unit=" images", disable=None) as progress:
-            images = {split: _decode(folder, found, image_size, resize, progress) for split, found in flat.items()}
+            images = {
+                split: _decode(folder, found, image_size, resize, progress, changed) for split, found in flat.items()
+            }
+        say_changed(folder, total, changed)
         with storage.written_whole(cache) as temporary:
             np.savez(temporary, **images)
     sets = {}
@@ -434,14 +480,19 @@ def _check_memory(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         )
 
 
-def _decode(folder: Path, files: list[ImageFile], image_size: int, resize: bool, progress: tqdm) -> np.ndarray:
-    """(N, 3, image_size, image_size) uint8, decoded by threads (Pillow lets go of the lock while it decodes)."""
+def _decode(
+    folder: Path, files: list[ImageFile], image_size: int, resize: bool, progress: tqdm, changed: list[str]
+) -> np.ndarray:
+    """(N, 3, image_size, image_size) uint8, decoded by threads (Pillow lets go of the lock while it decodes).
+
+    changed: see `read_image`.
+    """
     images = np.empty((len(files), 3, image_size, image_size), np.uint8)
 
     def decode_chunk(start: int) -> int:
         chunk = files[start : start + _DECODE_CHUNK]
         for position, file in enumerate(chunk, start):
-            images[position] = _decoded_image(folder / file.path, image_size, resize)
+            images[position] = _decoded_image(folder / file.path, image_size, resize, changed)
         return len(chunk)
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -450,23 +501,57 @@ def _decode(folder: Path, files: list[ImageFile], image_size: int, resize: bool,
     return images
 
 
-def _decoded_image(path: Path, image_size: int, resize: bool) -> np.ndarray:
+def _decoded_image(path: Path, image_size: int, resize: bool, changed: list[str]) -> np.ndarray:
     """One image as (3, image_size, image_size) uint8 RGB; with `resize`, shorter side resized and center cropped."""
-    rgb = read_image(path)
+    rgb = read_image(path, changed)
     if rgb.size != (image_size, image_size):
         if not resize:
-            raise ValueError(f"{path} is {rgb.width}x{rgb.height} pixels, expected {image_size}x{image_size}")
+            raise ValueError(f"{as_text(path)} is {rgb.width}x{rgb.height} pixels, expected {image_size}x{image_size}")
         rgb = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(rgb).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
-def read_image(path: Path) -> Image.Image:
-    """An image file, decoded to RGB. Raises ValueError, one line that names the file, for damaged ones."""
+def read_image(path: Path, changed: list[str] | None = None) -> Image.Image:
+    """An image file, decoded to RGB: its first frame, upright as its EXIF data say, on GROUND where it is transparent.
+
+    changed: what of these was needed is appended to it, for `say_changed`.
+
+    Raises ValueError, one line that names the file, for a damaged one, and for one of more than 8 bits a channel: how
+    many of them are used (12 bits in 16 are common), or which floats are black and white, no file says for sure.
+    """
+    changed = [] if changed is None else changed
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if _DEEP.search(f"{image.mode} {image.tile}"):
+                raise ValueError("more than 8 bits a channel, and which values are black and white is not known")
+            if getattr(image, "is_animated", False) and image.format != "MPO":  # where others are previews of the first
+                changed.append("first of several frames")
+            if _is_turned(image):
+                changed.append("turned upright by their EXIF data")
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                if image.getextrema()[3][0] < 255:
+                    changed.append(f"transparent, laid on {GROUND}")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, GROUND), image)
             return image.convert("RGB")
     except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything (SyntaxError, struct.error)
-        raise ValueError(f"{path} is not a readable image ({_first_line(error)}): replace or delete it") from None
+        reason = _first_line(error)
+        raise ValueError(f"{as_text(path)} cannot be used ({reason}): convert, replace or delete it") from None
+
+
+def _is_turned(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    except Exception:  # damaged EXIF data say nothing; the image itself may be whole
+        return False
+
+
+def say_changed(folder: Path, looked_at: int, changed: Sequence[str]) -> None:
+    """Log, in one line, how many images had to be changed to be seen as `read_image` says; nothing for none."""
+    if changed:
+        counts = ", ".join(f"{count} {what}" for what, count in sorted(Counter(changed).items()))
+        logger.warning("images of %s: of %d, %s", as_text(folder), looked_at, counts)
 
 
 # ----------------------------------------------------------------------------------------------------

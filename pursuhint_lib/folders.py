@@ -37,9 +37,11 @@ from pursuhint_lib.data import (
     data_folder,
     list_image_folder,
     read_image,
+    say_changed,
     seeded_generator,
     shuffled_order,
 )
+from pursuhint_lib.storage import sample_hash
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights were trained with, on the [0, 1] scale
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -89,16 +91,18 @@ class FolderSet:
     def images(self) -> Tensor:
         """(N, C, S, S) uint8 as in an evaluation, decoded at every look: for a few images.
 
-        Raises ValueError, one line, that names a damaged file.
+        Raises ValueError, one line, that names a file that `data.read_image` refuses; logs `data.say_changed`.
         """
+        changed: list[str] = []
 
         def decode(position: int) -> np.ndarray:
-            return np.asarray(evaluation_view(read_image(self.path(position)), self.image_size))
+            return np.asarray(evaluation_view(read_image(self.path(position), changed), self.image_size))
 
         images = np.empty((len(self), self.image_size, self.image_size, 3), np.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for position, view in enumerate(pool.map(decode, range(len(self)))):
                 images[position] = view
+        say_changed(self.folder, len(self), changed)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def in_memory(self) -> ImageSet:
@@ -107,14 +111,16 @@ class FolderSet:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hex sha256 of names and sizes of the files, labels, class names, S, and Pillow's version, whose decoders may
-        change by a bit. No file is read: one that changed but kept its size is not noticed here.
+        """Hex sha256 of names and sizes of the files, content of some, labels, class names, S, and Pillow's version:
+        its decoders may change by a bit. One file of many that changed but kept its size may not be noticed here.
         """
         header = {"image_size": self.image_size, "classes": self.classes, "pillow": PIL.__version__}
         digest = hashlib.sha256(json.dumps(header).encode())
-        digest.update(b"\n".join(self.paths.tolist()))
+        names = self.paths.tolist()
+        digest.update(b"\n".join(names))
         for values in (self.sizes, self.labels):
             digest.update(np.ascontiguousarray(values.numpy(), dtype="<i8"))
+        digest.update(sample_hash(self.folder, names).encode())
         return digest.hexdigest()
 
 
@@ -191,8 +197,8 @@ class FolderBatches(BatchSource):
     loaders: processes that decode, each two batches ahead; with 0, this process decodes when a batch is asked for. They
         live as long as a pass is read, and end with it or with this process, however it ends.
 
-    A pass raises ValueError, one line that names the file, for a damaged image. Raises ValueError, in one line, for an
-    empty set or a value that makes no sense.
+    A pass raises ValueError, one line that names the file, for an image that `data.read_image` refuses. Raises
+    ValueError, in one line, for an empty set or a value that makes no sense.
     """
 
     def __init__(

@@ -6,8 +6,9 @@ notebooks that use it. Two checks, both before anything is trained: `load_params
 no torch) and `check_names` (images, networks, layers, metrics, strategies and methods exist and fit each other; needs
 torch).
 
-YAML traps handled here: PyYAML reads ``1e-3`` as a string (numbers are parsed from such strings) and ``yes`` as true
-(a boolean is refused where a number or a name is meant), and of a key given twice it takes the last (refused).
+YAML traps handled here: PyYAML reads ``1e-3`` as a string (numbers are parsed from such strings), ``010`` as 8 and
+``1:30`` as 90 (refused), and ``yes`` as true (a boolean is refused where a number or a name is meant), and of a key
+given twice it takes the last (refused).
 """
 
 import difflib
@@ -296,8 +297,21 @@ def params_of(sections: Mapping[str, Mapping[str, Any]], study: str, file: str) 
     return result
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that one mapping holds twice, of which PyYAML would take the last."""
+_NOT_DECIMAL = re.compile(r"[_:xb]|^[-+]?0\d+$")  # of a number in YAML: 1_000, 1:30 (base 60), 0x10, 0b10, 010 (octal)
+
+
+class _AsItLooks(yaml.SafeLoader):
+    """Refuses a number that PyYAML may read as another than it looks, and a key that one mapping holds twice, of which
+    it would take the last.
+    """
+
+    def compose_scalar_node(self, anchor: str | None) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and _NOT_DECIMAL.search(node.value):
+            read = yaml.safe_load(node.value)
+            problem = f"{node.value} would be read as {read!r}: write a decimal number, or text in quotes"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -313,7 +327,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def read_yaml(path: Path, file: str) -> Any:
     """What a YAML file holds. Raises ParameterError, one line that begins with `file`."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_AsItLooks)
     except FileNotFoundError:
         raise ParameterError(f"{file}: no such parameter file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -574,11 +588,15 @@ def _built_for_shapes(build_model: Callable[..., Any], name: str, channels: int)
 
 def _check_images(images: Images, file: str) -> tuple[int, int, int]:
     """Channels, height and width of the images; ParameterError when they are not there or not enough."""
+    from pursuhint_lib.data import list_image_folder
+
     folder = images_folder(images, file)
 
     def refuse(key: str, reason: str) -> ParameterError:
         return ParameterError(f"{file}: common.{key} = {getattr(images, key)!r}: {reason}")
 
+    if images.n_classes == 1:
+        raise refuse("n_classes", "one class leaves nothing to tell apart (allowed: 0 for all, or 2 or more)")
     if images.streaming:
         if images.data != "image_folder":
             raise refuse("streaming", f"{images.data} lies in memory (allowed: image_folder, or streaming: false)")
@@ -598,6 +616,12 @@ def _check_images(images: Images, file: str) -> tuple[int, int, int]:
                 + ("" if named else "; name the folder by data_folder, or by DATA=folder behind make")
                 + " (allowed: a folder with train/<class>/* and test/<class>/* or val/<class>/*)"
             )
+        try:
+            _, classes = list_image_folder(folder, images.n_classes, images.split_seed)
+        except (FileNotFoundError, ValueError) as error:
+            raise ParameterError(f"{file}: common.data = 'image_folder': {_first_line(error)}") from None
+        if len(classes) == 1:
+            raise refuse("data", f"{folder / 'train'} holds one class, {classes[0]!r} (allowed: 2 or more)")
         return 3, images.image_size, images.image_size
     known = _DATA_SETS[images.data]
     if images.image_size != 0:

@@ -1,7 +1,8 @@
 """Tables -> pictures. matplotlib is imported here only; nothing is computed here that a table should hold.
 
 Most functions draw on axes that they are given; `save_figure` writes PNG and PDF. Similarity is always
-drawn on the scale [0, 1], clusters and stages always in the same colors.
+drawn on the scale [0, 1], clusters and stages always in the same colors. Names of classes and layers, which may be
+anything, are drawn with ``parse_math=False``: "$" in them starts no formula.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ def image_grid(images: "Tensor", titles: Sequence[str], columns: int = 8) -> Fig
         ax.axis("off")
     for ax, image, title in zip(axes.flat, images.permute(0, 2, 3, 1).cpu().numpy(), titles, strict=False):
         ax.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-        ax.set_title(title, fontsize=8, loc="center")
+        ax.set_title(title, fontsize=8, loc="center", parse_math=False)
     return figure
 
 
@@ -86,7 +87,8 @@ def feature_maps(maps: "Mapping[str, Tensor]") -> Figure:
     figure, axes = plt.subplots(1, len(maps), figsize=(1.6 * len(maps), 1.9), squeeze=False)
     for ax, (name, values) in zip(axes.flat, maps.items(), strict=True):
         ax.imshow(values.cpu().numpy(), cmap="magma")
-        ax.set_title(f"{name}\n{values.shape[0]}×{values.shape[1]}", fontsize=8, loc="center")
+        title = f"{name}\n{values.shape[0]}×{values.shape[1]}"
+        ax.set_title(title, fontsize=8, loc="center", parse_math=False)
         ax.axis("off")
     return figure
 
@@ -163,7 +165,7 @@ def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], label: str, c
     """Horizontal bars with their values, first on top."""
     drawn = ax.barh(range(len(labels)), values, color=color)
     ax.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
-    ax.set_yticks(range(len(labels)), labels)
+    ax.set_yticks(range(len(labels)), labels, parse_math=False)
     ax.invert_yaxis()
     ax.set(xlabel=label)
     ax.margins(x=0.12)

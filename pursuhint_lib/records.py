@@ -17,7 +17,6 @@ import fnmatch
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 import safetensors
 
-from pursuhint_lib.storage import sha256
+from pursuhint_lib.storage import files_below, sample_hash, sha256
 
 RECORD = "record.json"
 EXECUTED = "executed.ipynb"
@@ -104,35 +103,25 @@ _COPIES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # 
 
 
 def listing_hash(data: str, folder: Path) -> str:
-    """Hex sha256 over name, size and time of change of each file that the data set `data` may read in `folder`.
+    """Hex sha256 over name, size and time of change of each file that the data set `data` may read in `folder`, and
+    over the content of some.
 
-    These are ``train/<class>/*`` and ``test/<class>/*`` (of an image folder ``val/<class>/*`` too), else the files of
-    torchvision's copy. "" when there are none yet. Where the folder lies does not count.
+    These are the files below ``train/`` and ``test/`` (of an image folder below ``val/`` too), else those of
+    torchvision's copy; hidden ones are left out. "" when there are none yet. Where the folder lies does not count.
+    Raises ValueError, one line, for what cannot be read.
     """
-    splits = ("train", "test") if data in _COPIES else ("train", "test", "val")
-    classes = [
-        (f"{split}/{entry.name}", folder / split / entry.name)
-        for split in splits
-        for entry in _visible(folder / split)
-        if entry.is_dir()
-    ]
-    if data in _COPIES and not any((folder / split).is_dir() for split in splits):
-        classes = [(_COPIES[data], folder / _COPIES[data])]
-    files = [
-        (f"{name}/{entry.name}", entry.stat().st_size, entry.stat().st_mtime_ns)
-        for name, path in classes
-        for entry in _visible(path)
-        if entry.is_file()
-    ]
-    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest() if files else ""
-
-
-def _visible(folder: Path) -> list[os.DirEntry]:
-    """What lies in a folder, hidden files left out; nothing when the folder is not there."""
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
+    parts = ("train", "test") if data in _COPIES else ("train", "test", "val")
+    if data in _COPIES and not any((folder / part).is_dir() for part in parts):
+        parts = (_COPIES[data],)
+    files = sorted(
+        (f"{part}/{name}", status.st_size, status.st_mtime_ns)
+        for part in parts
+        if (folder / part).is_dir()
+        for name, status in files_below(folder / part)
+        if status
+    )
+    listing = [files, sample_hash(folder, [name for name, *_ in files])]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest() if files else ""
 
 
 def key_of(inputs: Mapping[str, Any]) -> str:

@@ -1,16 +1,20 @@
 """Images in, batches out: every random draw is pinned by its arguments, and both sources of a data set agree."""
 
 import os
+import struct
 import urllib.error
+import zlib
 
 import numpy as np
 import pytest
 import torch
 import torchvision.datasets
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pursuhint_lib import data
-from pursuhint_lib.data import Batches, ImageSet, balanced_subset, channel_stats, hold_out, load_images
+from pursuhint_lib.data import Batches, ImageSet, balanced_subset, channel_stats, hold_out
+from pursuhint_lib.data import list_image_folder, load_images, read_image
+from pursuhint_lib.folders import FolderBatches, load_folders
 
 
 @pytest.fixture(autouse=True)
@@ -543,6 +547,179 @@ def test_an_image_folder_reads_gray_and_other_suffixes_from_val_and_passes_over_
     assert len(sets["test"]) == 1 and (sets["test"].images.int() - 40).abs().max() <= 2
 
 
+def put(path, image=None):
+    """An image file, 8x8 and black if not given, with the folders it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or Image.new("RGB", (8, 8))).save(path)
+
+
+def test_images_in_subfolders_of_a_class_belong_to_it_and_what_is_passed_over_is_counted_in_one_line(tmp_path, caplog):
+    for name in ("train/a/1.png", "train/a/2019/may/2.png", "train/b/images/1.png", "train/3.png", "test/a/1.png"):
+        put(tmp_path / name)
+    for name in ("train/b/boxes.txt", "train/a/2019/boxes.txt", "train/a/.trash", "val"):
+        (tmp_path / name).mkdir() if name == "val" else (tmp_path / name).write_text("")
+    put(tmp_path / "val" / "a" / "1.png")
+    sets = load_images("image_folder", tmp_path, image_size=8)
+    assert sets["train"].labels.tolist() == [0, 0, 1] and len(sets["test"]) == 1
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"images of {tmp_path}: 5 passed over (2 *.txt, 1 hidden, "
+        "1 in val/, as test/ is the test set, 1 outside the folders of classes)"
+    )
+
+
+def test_a_test_folder_without_classes_leaves_its_place_to_val(tmp_path, caplog):
+    for name in ("train/a/1.png", "train/b/1.png", "val/a/1.png", "test/1.png", "test/images/2.png"):
+        put(tmp_path / name)
+    sets = load_images("image_folder", tmp_path, image_size=8)
+    assert len(sets["train"]) == 2 and sets["test"].labels.tolist() == [0]
+    assert "2 passed over (2 in test/, as val/ is the test set)" in caplog.text
+
+
+def test_tiny_imagenet_is_read_as_it_is_unpacked(tmp_path, caplog):
+    for name in ("n1", "n2"):
+        put(tmp_path / "train" / name / "images" / f"{name}_0.JPEG")
+        (tmp_path / "train" / name / f"{name}_boxes.txt").write_text("")
+    for number in range(4):
+        put(tmp_path / "val" / "images" / f"val_{number}.JPEG", Image.new("RGB", (8, 8), (60 * number,) * 3))
+        put(tmp_path / "test" / "images" / f"test_{number}.JPEG")
+    table = "val_0.JPEG\tn2\t0\t0\t9\t9\nval_1.JPEG\tn1\t0\t0\t9\t9\nval_2.JPEG\tn2\t0\t0\t9\t9\n"
+    (tmp_path / "val" / "val_annotations.txt").write_text(table)
+    sets = load_images("image_folder", tmp_path, image_size=8)
+    assert sets["train"].classes == ["n1", "n2"] and sets["train"].labels.tolist() == [0, 1]
+    assert sets["test"].labels.tolist() == [0, 1, 1]
+    assert [round(float(image.float().mean()) / 60) for image in sets["test"].images] == [1, 0, 2]
+    assert "(4 in test/, as val/ is the test set, 2 *.txt, 1 outside the folders of classes)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("link", "to", "says"),
+    [
+        ("train/b", "b", "train/b cannot be read (Too many levels of symbolic links)"),
+        ("train/b", "gone", "train/b cannot be read (No such file or directory)"),
+        ("train/a/up", "..", "train/a/up is a link to a folder that it lies in"),
+        ("train/a/2.png", "gone.png", "train/a/2.png cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_link_that_leads_nowhere_or_in_a_circle_is_named(tmp_path, link, to, says):
+    put(tmp_path / "train" / "a" / "1.png"), put(tmp_path / "test" / "a" / "1.png")
+    (tmp_path / link).symlink_to(to)
+    with pytest.raises(ValueError) as error:
+        load_images("image_folder", tmp_path, image_size=8)
+    assert says in message_of(error)
+
+
+def test_linked_folders_are_read_and_two_classes_may_share_one(tmp_path):
+    put(tmp_path / "elsewhere" / "1.png"), put(tmp_path / "test" / "a" / "1.png")
+    (tmp_path / "train").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).symlink_to(tmp_path / "elsewhere")
+    assert load_images("image_folder", tmp_path, image_size=8)["train"].labels.tolist() == [0, 1]
+
+
+def test_a_class_name_that_is_not_utf8_is_text_all_the_same(tmp_path):
+    for split in (b"train", b"test"):
+        os.makedirs(os.fsencode(tmp_path) + b"/" + split + b"/caf\xe9")
+        Image.new("RGB", (8, 8)).save(os.fsencode(tmp_path) + b"/" + split + b"/caf\xe9/1.png")
+    sets = load_images("image_folder", tmp_path, image_size=8)
+    assert sets["train"].classes == ["caf\\xe9"] and len(sets["test"]) == 1
+    (file,) = list_image_folder(tmp_path, 0, 0)[0]["train"]["caf\\xe9"]
+    (tmp_path / file.path).write_bytes(b"")
+    with pytest.raises(ValueError) as error:
+        load_images("image_folder", tmp_path, image_size=8)
+    assert "caf\\xe9" in message_of(error).encode().decode()
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "JPE", "jp2", "avif", "webp", "pbm", "tif"])
+def test_a_format_that_pillow_reads_is_read_by_any_suffix_of_it(tmp_path, suffix):
+    if Image.registered_extensions().get(f".{suffix.lower()}") not in Image.SAVE:
+        pytest.skip("this Pillow was built without it")
+    for split in ("train", "test"):
+        put(tmp_path / split / "a" / f"1.{suffix}", Image.new("1" if suffix == "pbm" else "RGB", (8, 8), "white"))
+    assert (load_images("image_folder", tmp_path, image_size=8)["train"].images > 250).all()
+
+
+def test_a_file_that_pillow_would_run_a_program_for_is_not_opened_whatever_its_suffix(tmp_path):
+    (tmp_path / "1.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match="1.png cannot be used .cannot identify image file"):
+        read_image(tmp_path / "1.png")
+
+
+RAMP = np.tile(np.linspace(0, 1, 8), (8, 1))
+
+
+def png_of_16_bits(color, channels):
+    """A PNG file of 16 bits a channel, which Pillow cannot write in color. color: PNG's number of the kind."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    values = np.repeat((RAMP * 4095).astype(">u2")[..., None], channels, 2)
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 8, 8, 16, color, 0, 0, 0)
+    ends = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + ends
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        ("png", (RAMP * 65535).astype(np.uint16)),
+        ("tif", (RAMP * 65535).astype(np.uint16)),
+        ("tif", (RAMP * 1000).astype(np.int32)),
+        ("tif", RAMP.astype(np.float32)),
+        ("pgm", (RAMP * 65535).astype(np.uint16)),
+        ("png", png_of_16_bits(2, 3)),
+        ("png", png_of_16_bits(4, 2)),
+        ("png", png_of_16_bits(6, 4)),
+    ],
+    ids=["16 bits png", "16 bits tif", "32 bits", "float", "16 bits pgm", "rgb", "gray and alpha", "rgba"],
+)
+def test_more_than_eight_bits_a_channel_are_refused_in_memory_and_on_disk(tmp_path, suffix, content):
+    for split in ("train", "test"):
+        path = tmp_path / split / "a" / f"1.{suffix}"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content) if isinstance(content, bytes) else Image.fromarray(content).save(path)
+    on_disk = FolderBatches(load_folders(tmp_path, image_size=8)["train"], 1, mean=[0.5] * 3, std=[0.2] * 3)
+    for look in (lambda: load_images("image_folder", tmp_path, image_size=8), lambda: list(on_disk)):
+        with pytest.raises(ValueError) as error:
+            look()
+        assert "1." + suffix in message_of(error) and "more than 8 bits a channel" in message_of(error)
+
+
+def test_what_is_transparent_lies_on_white_and_what_is_turned_stands_upright_and_both_are_said(tmp_path, caplog):
+    half = np.full((8, 8, 4), 255, np.uint8)
+    half[..., :3], half[:, 4:, 3] = 100, 0
+    upright = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).convert("RGB")
+    palette = upright.quantize(4)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(half).save(tmp_path / split / "a" / "0.png")
+        Image.fromarray(half[:, :4]).save(tmp_path / split / "a" / "1.png")  # has the channel, and is opaque
+        upright.rotate(90).save(tmp_path / split / "a" / "2.png", exif=exif)
+        upright.rotate(90).save(tmp_path / split / "a" / "3.tif", exif=exif)
+        upright.save(tmp_path / split / "a" / "4.png", exif=b"Exif\0\0damaged")
+        palette.save(tmp_path / split / "a" / "5.png", transparency=int(palette.getpixel((0, 0))))
+        upright.save(tmp_path / split / "a" / "6.gif", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    in_memory = load_images("image_folder", tmp_path, image_size=8)["train"].images
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"images of {tmp_path}: of 14, 2 first of several frames, 4 transparent, laid on white, "
+        "4 turned upright by their EXIF data"
+    )
+    assert (in_memory[0, :, :, 4:] == 255).all() and (in_memory[0, :, :, :4] == 100).all()
+    assert (in_memory[1] == 100).all() and (in_memory[5, :, 0, 0] == 255).all()
+    expected = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    assert all(torch.equal(in_memory[i], expected) for i in (2, 3, 4))
+    caplog.clear()
+    on_disk = load_folders(tmp_path, image_size=8)["train"]
+    first = on_disk[:1].images
+    assert (first[0, :, :, 5:] == 255).all() and (first[0, :, :, :2] == 100).all()
+    assert caplog.records[-1].getMessage() == f"images of {tmp_path}: of 1, 1 transparent, laid on white"
+
+
 def test_classes_of_an_image_folder_that_are_not_chosen_are_not_decoded(tmp_path):
     folder = write_folder(tmp_path / "own", random_photographs(size=8))
     chosen = load_images("image_folder", folder, image_size=8, n_classes=2)["train"].classes
@@ -605,6 +782,24 @@ def test_a_folder_is_decoded_once(tmp_path, decoded):
     assert len(decoded) == 36
     assert digests(load_images("image_folder", folder, image_size=8)) == first
     assert len(decoded) == 36, "each size has a cache of its own"
+
+
+def gray_folder(folder, gray):
+    """Uncompressed images whose names, sizes and times are those of every other such folder."""
+    for name in ("train/a/0.ppm", "train/b/0.ppm", "test/a/0.ppm"):
+        put(folder / name, Image.new("RGB", (8, 8), (gray,) * 3))
+        os.utime(folder / name, (1_600_000_000, 1_600_000_000))
+    return folder
+
+
+def test_a_folder_is_never_given_the_pixels_of_another_with_equal_listing(tmp_path):
+    for gray in (200, 40):
+        sets = load_images("image_folder", gray_folder(tmp_path / str(gray), gray), image_size=8)
+        assert (sets["train"].images == gray).all()
+    assert len({load_folders(tmp_path / name, image_size=8)["train"].digest for name in ("200", "40")}) == 2
+    (tmp_path / "40").rename(tmp_path / "gone")
+    (tmp_path / "200").rename(tmp_path / "40")
+    assert (load_images("image_folder", tmp_path / "40", image_size=8)["train"].images == 200).all()
 
 
 def test_a_changed_file_is_seen(tmp_path, decoded):

@@ -55,8 +55,7 @@ def test_the_recipe_is_the_published_one(home, monkeypatch):
     assert (students.temperature, students.ce_weight, students.kd_weight) == (1.0, 0.5, 0.5)
     assert students.streaming and students.flip and students.channel_statistics == "imagenet"
     assert params["01_train_teacher"].teacher_weights == "IMAGENET1K_V1"
-    for split in ("train", "val"):
-        (home / split).mkdir()
+    write_images(home)
     monkeypatch.setenv("PURSUHINT_DATA", str(home))
     check_names(params, STUDY)
 

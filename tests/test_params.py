@@ -22,9 +22,12 @@ SMOKE = yaml.safe_load((PARAMS_FOLDER / "smoke.yaml").read_text())
 STREAMED = {"data": "image_folder", "image_size": 32, "streaming": True, "noise": 0, "crop_padding": 0}
 
 
-def image_folder(folder, splits=("train", "test")):
+def image_folder(folder, splits=("train", "test"), classes=("cat", "dog")):
+    """A folder that can be listed; nothing in it is decoded here."""
     for split in splits:
-        (folder / split).mkdir(parents=True)
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            (folder / split / name / "0.png").touch()
     return folder
 
 
@@ -60,6 +63,27 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
     path.write_text("common: {weight_decay: 1e-3, learning_rate: 5E-2}\n")
     found = load_params(path)["01_train_teacher"]
     assert (found.weight_decay, found.learning_rate) == (1e-3, 5e-2)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("010", "8"), ("1_000", "1000"), ("1:30", "90"), ("0x1F", "31"), ("0b11", "3"), ("1:30.5", "90.5"), ("-00", "0")],
+)
+def test_a_number_that_yaml_reads_otherwise_than_it_looks_is_refused(tmp_path, written, read):
+    path = tmp_path / "smoke.yaml"
+    path.write_text(f"common:\n  epochs: 1\n  learning_rate: {written}\n")
+    with pytest.raises(ParameterError) as error:
+        load_params(path)
+    assert f"at line 3 ({written} would be read as {read}: write a decimal number" in str(error.value)
+    path.write_text(f"common: {{data_folder: '{written}'}}")
+    assert load_params(path)["01_train_teacher"].data_folder == written
+
+
+@pytest.mark.parametrize("written", ["0", "+10", "0.5", "1.", ".5", "1.0e-05", "1.e+3", "100", "007.5"])
+def test_a_decimal_number_is_read_as_it_looks(tmp_path, written):
+    path = tmp_path / "smoke.yaml"
+    path.write_text(f"distill_students: {{ce_weight: {written}}}")
+    assert load_params(path)["04_distill_students"].ce_weight == float(written)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +171,8 @@ def test_a_name_that_the_library_does_not_know_is_one_line(tmp_path, place, valu
     ("changes", "says"),
     [
         ({"n_classes": 11}, ["n_classes = 11", "0 for all, to 10"]),
+        ({"n_classes": 1}, ["n_classes = 1", "nothing to tell apart", "2 or more"]),
+        ({**STREAMED, "n_classes": 3}, ["n_classes must be 0 (all) or 1..2"]),
         ({"data": "cifar100", "n_classes": 101}, ["n_classes = 101", "to 100"]),
         ({"validation_per_class": 122}, ["validation_per_class = 122", "1 to 121"]),
         ({"data": "cifar10", "validation_per_class": 5000}, ["validation_per_class = 5000", "1 to 4999"]),
@@ -209,6 +235,20 @@ def test_an_image_folder_without_its_parts_is_refused(tmp_path, home, monkeypatc
     ) as error:
         check_names(found, "f")
     assert "\n" not in str(error.value) and "name the folder" not in str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_an_image_folder_with_one_class_or_a_class_that_cannot_be_read_is_refused(tmp_path, home, streaming):
+    found = load(tmp_path, **{f"common__{key}": value for key, value in (STREAMED | {"streaming": streaming}).items()})
+    folder = image_folder(home / "data", classes=("cat",))
+    with pytest.raises(ParameterError, match=rf"^f: common.data = .*{folder}/train holds one class, 'cat' .allowed: 2"):
+        check_names(found, "f")
+    (folder / "train" / "dog").symlink_to("dog")
+    with pytest.raises(
+        ParameterError, match=rf"^f: common.data = .*{folder}/train/dog cannot be read .Too many"
+    ) as error:
+        check_names(found, "f")
+    assert "\n" not in str(error.value)
 
 
 def test_streamed_images_without_noise_are_taken(tmp_path, home):

@@ -650,6 +650,11 @@ def test_the_fingerprint_of_images_is_of_what_would_be_read_and_not_of_where_it_
     assert found() == folder
     put("there/train/cat/a.png")
     assert found(folder="there") == folder
+    put("there/train/cat/a.png", "y")
+    assert found(folder="there") != folder  # equal in name, size and time
+    put("here/train/cat/deep/er/b.png")
+    assert found() != folder
+    (tmp_path / "here/train/cat/deep/er/b.png").unlink()
     put("here/val/cat/a.png")
     assert found() == folder != found("image_folder")
     put("here/train/cat/a.png", "longer")

@@ -3,6 +3,8 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import torch
+from matplotlib.text import Text
 
 from pursuhint_lib import plots
 
@@ -64,6 +66,18 @@ def test_the_legend_below_names_every_line_once_covers_no_axes_and_fits_the_figu
     assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0
     assert not any(ax.get_tightbbox().overlaps(box) for ax in axes) and axes[0].get_window_extent().height > 100
     plt.close(figure)
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "a$b$c", "cost_$5", "\\$x"])
+def test_a_name_with_dollars_is_drawn_as_it_is(ax, name):
+    plots.bars(ax, [name], [1.0], "share")
+    figures = [ax.figure, plots.image_grid(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), [name])]
+    figures.append(plots.feature_maps({name: torch.zeros(4, 4)}))
+    for figure in figures:
+        figure.draw_without_rendering()  # does not fail
+        texts = [text for text in figure.findobj(Text) if text.get_text().split("\n")[0] == name]
+        assert texts and not any(text.get_parse_math() for text in texts)
+        plt.close(figure)
 
 
 def test_dots_have_a_legend_where_there_are_any(ax, recwarn):
