@@ -91,7 +91,7 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} is not a whole file of weights ({_first_line(error)})") from None
     except Exception:  # pickle's errors, of which the one that refuses code explains itself in twenty lines
         raise ValueError(
-            f"{path} is not a file of weights alone, which is all that is read: save model.state_dict() and nothing else"
+            f"{path} holds more than weights alone, which is all that is read: save model.state_dict() and nothing else"
         ) from None
 
 
