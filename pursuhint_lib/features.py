@@ -117,8 +117,7 @@ class FeatureExtractor:
                 return
             if layer in self._captured:
                 raise RuntimeError(f"{layer}: called more than once in one forward pass, so its feature is ambiguous")
-            if isinstance(output, (tuple, list)):  # beside its map: a map's size, attention, class tokens
-                output = next((part for part in output if isinstance(part, Tensor)), output)
+            output = _first_tensor(output)
             if not isinstance(output, Tensor):
                 kind = type(output).__name__
                 raise TypeError(f"{layer}: returns {kind}, but a feature is one tensor: name a layer inside it")
@@ -246,6 +245,22 @@ def layer_table(model: nn.Module, layers: Sequence[str], image_shape: tuple[int,
     return table
 
 
+def is_feature(output: Any, rows: int) -> bool:
+    """Whether what a layer returned for so many images is a feature: a tensor, or the first one in a tuple or list,
+    with a row for each image, as a map, a signal, tokens or a vector.
+    """
+    output = _first_tensor(output)
+    return isinstance(output, Tensor) and 2 <= output.ndim <= 4 and len(output) == rows
+
+
+def _first_tensor(output: Any) -> Any:
+    """Of several things that a layer returns (its map, and the map's size, attention, class tokens) the first tensor,
+    if there is one; anything else as it is.
+    """
+    several = output if isinstance(output, (tuple, list)) else ()
+    return next((part for part in several if isinstance(part, Tensor)), output)
+
+
 def _check_rows(layer: str, feature: Tensor, images: Tensor) -> None:
     """Raise RuntimeError where tokens come first, say, as from a transformer without batch_first."""
     if isinstance(images, Tensor) and feature.shape[:1] != images.shape[:1]:
@@ -355,6 +370,8 @@ def _channel_axis(path: Sequence[nn.Module], shape: torch.Size) -> int | None:
                 return 1
         elif end in (normalized if second in last else last):
             return -1
+    if space == 1 and end in last and not first:  # of the whole model: nothing in it has channels first
+        return -1
     return 1 if space > 1 else None
 
 
