@@ -2,12 +2,14 @@
 
 A layer is addressed by its module path ("stage2.3"), and results are keyed by it, never by position. What is captured
 is what the module *returned*: `relu` gives the map after the ReLU, the layer before it the map before the ReLU, even
-where a later in-place operation overwrites that map. Maps come channels first.
+where a later in-place operation overwrites that map; of a tuple or list, the first tensor in it. Maps come channels
+first, see `_channel_axis`.
 """
 
 import contextlib
 import copy
 import difflib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +40,8 @@ class FeatureExtractor:
 
     Errors, one line each: those of `check_model`; ValueError for a layer that the model does not have, that is named
     twice, or that lies in a ScriptModule; while running, RuntimeError for a layer that never runs, runs more than once,
-    or does not return a row per image, TypeError for one that does not return a tensor.
+    or does not return a row per image, TypeError for one that does not return a tensor, ValueError where it cannot be
+    known which axis holds the channels.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
@@ -68,7 +71,8 @@ class FeatureExtractor:
 
         layers: capture only these, a part of the extractor's layers. None: all of them.
         reduce: a function of one feature that returns what to keep of it, still with a row per image: `pool_features`.
-        images (B, C, H, W); features (B, C, H, W) for maps, (B, T, D) for tokens, (B, D) for vectors.
+        images (B, C, H, W); features (B, C, H, W) for maps, (B, C, 1, L) for signals (B, C, L), (B, T, D) for tokens,
+        (B, D) for vectors.
         """
         if self._closed:
             raise RuntimeError("this FeatureExtractor is closed: call it inside its with block, or make a new one")
@@ -104,7 +108,8 @@ class FeatureExtractor:
 
     def _hook(self, layer: str) -> torch.utils.hooks.RemovableHandle:
         module = self._by_path[layer]
-        channels_first = _channels_first(module)
+        path = [self._by_path[layer.rsplit(".", n)[0]] for n in range(layer.count(".") + 1)]
+        axis_of = functools.cache(functools.partial(_channel_axis, [*path, self.model]))
 
         # A closure, not a bound method: deepcopy(model) must not drag a copy of this extractor along.
         def capture(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -112,10 +117,13 @@ class FeatureExtractor:
                 return
             if layer in self._captured:
                 raise RuntimeError(f"{layer}: called more than once in one forward pass, so its feature is ambiguous")
+            output = _first_tensor(output)
             if not isinstance(output, Tensor):
                 kind = type(output).__name__
                 raise TypeError(f"{layer}: returns {kind}, but a feature is one tensor: name a layer inside it")
-            output = channels_first(output)
+            if output.ndim in (3, 4):
+                _check_batch_first(layer, module, output)
+                output = _channels_first(layer, output, axis_of(output.shape[1:]))
             if self._reduce is not None:
                 output = self._reduce(output)  # maybe a view of the map, so what follows is as needful
             if output.is_inference():  # such tensors keep no version, so there is no other way to be sure
@@ -211,14 +219,15 @@ class FrozenTeacher(nn.Module):
         return f"{type(self.model).__name__}, {len(self.layers)} layers"
 
 
-def layer_table(model: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int]) -> pd.DataFrame:
+def layer_table(model: nn.Module, layers: Sequence[str], image_shape: tuple[int, ...]) -> pd.DataFrame:
     """Where the layers sit in the model: one row per layer, in execution order, found by one dry run on a blank image.
 
-    image_shape: (C, H, W). The run is in eval mode without autograd; each module's mode is put back, no buffer changes.
+    image_shape: (C, H, W), or (C, L) of signals. The run is in eval mode without autograd; each module's mode is put
+    back, no buffer changes.
 
     Columns: layer; stage, from 1, which grows when (channels, height, width) differs from the layer before; depth, 1 to
     L; channels, height, width; stage_end, True for the last layer of its stage. Tokens (B, T, D) count as D channels on
-    a map of 1 x T, vectors (B, D) as D channels on a map of 1 x 1.
+    a map of 1 x T, as signals do, vectors (B, D) as D channels on a map of 1 x 1.
 
     Raises the errors of FeatureExtractor, and ValueError where a feature has another number of dimensions.
     """
@@ -234,6 +243,22 @@ def layer_table(model: nn.Module, layers: Sequence[str], image_shape: tuple[int,
     table.insert(2, "depth", range(1, len(table) + 1))
     table["stage_end"] = stage != stage.shift(-1)
     return table
+
+
+def is_feature(output: Any, rows: int) -> bool:
+    """Whether what a layer returned for so many images is a feature: a tensor, or the first one in a tuple or list,
+    with a row for each image, as a map, a signal, tokens or a vector.
+    """
+    output = _first_tensor(output)
+    return isinstance(output, Tensor) and 2 <= output.ndim <= 4 and len(output) == rows
+
+
+def _first_tensor(output: Any) -> Any:
+    """Of several things that a layer returns (its map, and the map's size, attention, class tokens) the first tensor,
+    if there is one; anything else as it is.
+    """
+    several = output if isinstance(output, (tuple, list)) else ()
+    return next((part for part in several if isinstance(part, Tensor)), output)
 
 
 def _check_rows(layer: str, feature: Tensor, images: Tensor) -> None:
@@ -265,8 +290,8 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"{kind}: {name} is lazy and has no value yet: run the model once on a batch")
 
 
-def blank_image(model: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
-    """Zeros (1, C, H, W), on the device and of the type of the model's weights."""
+def blank_image(model: nn.Module, image_shape: tuple[int, ...]) -> Tensor:
+    """Zeros (1, C, H, W) or (1, C, L), on the device and of the type of the model's weights."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
 
@@ -316,28 +341,60 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-def _channels_first(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function that makes (B, C, H, W) of what `module` returns, should that be (B, H, W, C), as in a Swin.
+def _channel_axis(path: Sequence[nn.Module], shape: torch.Size) -> int | None:
+    """Which axis of a feature (B, *shape), of three or four axes, holds the channels: 1, -1, or None for unknown.
 
-    What the layers inside make tells the two apart: LayerNorm and Linear have their channels last, convolutions
-    first. It is (B, H, W, C) where the last dimension is as wide as one of the former makes
-    it, and the second as wide as none of either. Should the second be as wide as one of the former, only LayerNorms
-    count: a squeeze-and-excitation holds Linear layers, and works on (B, C, H, W).
+    path: the layer that returned it and the modules around it, from the inside out. Where one of them has an attribute
+    `channel_axis`, that is the answer. Else the first of them whose parts tell: convolutions have their channels first,
+    LayerNorm and Linear last, and the axis that is as wide as one of them is theirs. Should both axes be, convolutions
+    count before Linear layers, of which a squeeze-and-excitation on (B, C, H, W) has some, and for maps before
+    LayerNorms, of which a ConvNeXt block has one; and LayerNorms before Linear layers, as in an MLP-Mixer. Of maps
+    nobody tells anything of the channels are first, as in all of torch; of (B, C, L) or (B, T, D) it is unknown.
     """
-    parts = list(module.modules())
-    # Not isinstance: torchvision's LayerNorm2d inherits from LayerNorm, but has its channels first.
-    normalized = {part.normalized_shape[-1] for part in parts if type(part).forward is nn.LayerNorm.forward}
-    last = normalized | {part.out_features for part in parts if isinstance(part, nn.Linear)}
-    first = {part.out_channels for part in parts if isinstance(part, nn.modules.conv._ConvNd)}
+    for module in path:
+        if hasattr(module, "channel_axis"):
+            return module.channel_axis
+    second, end, space = shape[0], shape[-1], len(shape) - 1
+    for module in path:
+        parts = list(module.modules())
+        convolutions = [part for part in parts if isinstance(part, nn.modules.conv._ConvNd)]
+        linear = [part for part in parts if isinstance(part, nn.Linear)]
+        # By attribute, for RMSNorm; and LayerNorm2d inherits from LayerNorm, but has its channels first.
+        norms = [part for part in parts if hasattr(part, "normalized_shape") and "2d" not in type(part).__name__]
+        alike = [part for part in convolutions if len(part.kernel_size) == space]
+        first = {width for part in alike for width in (part.in_channels, part.out_channels)}
+        normalized = {part.normalized_shape[-1] for part in norms}
+        last = normalized | {width for part in linear for width in (part.in_features, part.out_features)}
+        if second in first:
+            if space > 1 or end not in normalized:
+                return 1
+        elif end in (normalized if second in last else last):
+            return -1
+    if space == 1 and end in last and not first:  # of the whole model: nothing in it has channels first
+        return -1
+    return 1 if space > 1 else None
 
-    def channels_first(output: Tensor) -> Tensor:
-        if output.ndim != 4 or output.shape[1] in first:
-            return output
-        if output.shape[3] in (normalized if output.shape[1] in last else last):
-            return output.permute(0, 3, 1, 2)
-        return output
 
-    return channels_first
+def _channels_first(layer: str, feature: Tensor, axis: int | None) -> Tensor:
+    """(B, C, H, W) of (B, H, W, C), and (B, C, 1, L) of a signal (B, C, L). Tokens (B, T, D) stay as they are."""
+    if axis not in (1, -1):
+        raise ValueError(
+            f"{layer}: returns shape {tuple(feature.shape)}, and which axis holds the channels is not known: set "
+            "channel_axis = 1 or -1 on that module or on the model"
+        )
+    if feature.ndim == 3:
+        return feature.unsqueeze(2) if axis == 1 else feature
+    return feature.permute(0, 3, 1, 2) if axis == -1 else feature
+
+
+def _check_batch_first(layer: str, module: nn.Module, feature: Tensor) -> None:
+    """Raise RuntimeError where a row may be a token as well as an image, which `_check_rows` cannot notice."""
+    alike = feature.ndim == 3 and feature.shape[0] == feature.shape[1] > 1
+    if alike and any(getattr(part, "batch_first", True) is False for part in module.modules()):
+        raise RuntimeError(
+            f"{layer}: returns as many tokens as images and is not batch_first, so which comes first is not known: "
+            "take another batch size"
+        )
 
 
 def _checked_layers(layers: Sequence[str], known: list[str]) -> list[str]:

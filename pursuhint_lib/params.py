@@ -152,9 +152,7 @@ class StudentTraining(Study):
 class TrainTeacher(StudentTraining, Networks, Hardware, Images):
     """01: a teacher, and students without one."""
 
-    teacher_weights: str = (
-        ""  # a state_dict (.safetensors, .pth) or torchvision's name of weights, in place of training
-    )
+    teacher_weights: str = ""  # a file of weights or torchvision's name of weights, in place of training
     teacher_epochs: Count = 2
     teacher_learning_rate: Positive = 0.1
     teacher_seed: Seed = 0

@@ -18,6 +18,7 @@ from torchvision.ops import Permute
 
 from pursuhint_lib.features import FeatureExtractor, FrozenTeacher, layer_table
 from pursuhint_lib.models import build_model, candidate_layers, state_hash
+from pursuhint_lib.profiling import profile_layers
 
 
 class Reversed(nn.Module):
@@ -229,7 +230,7 @@ def test_a_layer_without_one_tensor_is_refused_but_not_a_model():
             return {"once": x, "twice": x + x}
 
     with (
-        FeatureExtractor(nn.Sequential(nn.LSTM(2, 2)), ["0"]) as extract,
+        FeatureExtractor(nn.Sequential(Constant((4, 4))), ["0"]) as extract,
         pytest.raises(TypeError, match="0: returns tuple, but a feature is one tensor"),
     ):
         extract(torch.zeros(1, 3, 2))
@@ -239,6 +240,23 @@ def test_a_layer_without_one_tensor_is_refused_but_not_a_model():
             extract(images)
         output, features = extract(images, ["body"])
     assert torch.equal(output["logits"], 2 * features["body"])
+
+
+class Constant(nn.Module):
+    def __init__(self, returned):
+        super().__init__()
+        self.returned = returned
+
+    def forward(self, x):
+        return self.returned
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_of_a_layer_that_returns_several_things_the_first_tensor_is_the_feature(kind):
+    size, a, b = (2, 2), torch.randn(3, 5), torch.randn(3, 7)
+    with FeatureExtractor(nn.Sequential(Constant(kind([size, a, b]))), ["0"]) as extract:
+        output, features = extract(torch.zeros(3, 1))
+    assert features["0"] is a and output[2] is b
 
 
 def test_a_feature_without_a_row_per_image_is_refused():
@@ -253,6 +271,9 @@ def test_a_feature_without_a_row_per_image_is_refused():
         with pytest.raises(RuntimeError, match=r"1.0: returns shape \(5, 3, 4\) for 3 images") as error:
             extract(images)
         assert "\n" not in str(error.value)
+        with pytest.raises(RuntimeError, match=r"1.0: returns as many tokens as images .* another batch size") as error:
+            extract(torch.zeros(5, 5, 4))
+        assert "\n" not in str(error.value)
     with pytest.raises(RuntimeError, match="2.0: returns shape"):
         layer_table(nn.Sequential(nn.Flatten(2), *tokens_first), ["2.0"], (5, 2, 2))
 
@@ -262,6 +283,7 @@ def test_layers_that_hand_on_their_input_or_a_view_of_it_keep_what_they_returned
     torch.manual_seed(0)
     layers = [nn.Identity(), nn.Conv2d(1, 3, 3), nn.Identity(), nn.Dropout(), nn.Flatten(2), nn.ReLU(inplace=True)]
     model = nn.Sequential(*layers).eval()
+    model[4].channel_axis = model[5].channel_axis = 1
     images = torch.randn(4, 1, 6, 6)
     expected = model[1](images).detach()
     with mode(), FeatureExtractor(model, ["0", "1", "2", "3", "4", "5"]) as extract:
@@ -271,8 +293,8 @@ def test_layers_that_hand_on_their_input_or_a_view_of_it_keep_what_they_returned
             assert torch.equal(features["0"], images)
             for layer in ("1", "2", "3"):
                 assert torch.equal(features[layer], expected)
-            assert torch.equal(features["4"], expected.flatten(2))
-            assert torch.equal(features["5"], expected.flatten(2).clamp(min=0))
+            assert torch.equal(features["4"], expected.flatten(2)[:, :, None])
+            assert torch.equal(features["5"], expected.flatten(2)[:, :, None].clamp(min=0))
 
 
 def test_one_module_under_two_names_answers_to_both():
@@ -387,6 +409,94 @@ def test_maps_with_channels_first_stay_as_they_are(layer, width):
         with FeatureExtractor(nn.Sequential(layer), ["0"]) as extract:
             output, features = extract(maps)
         assert torch.equal(features["0"], output) and features["0"].shape == output.shape
+
+
+class Concatenated(nn.ModuleList):
+    def forward(self, x):
+        return torch.cat([part(x) for part in self], dim=1)
+
+
+def convolutions(length):
+    """Signals (B, 3, `length`) through convolutions, with channels as many as positions, or as outputs, somewhere."""
+    return nn.Sequential(
+        nn.Conv1d(3, 8, 1),
+        nn.ReLU(),
+        Concatenated([nn.Conv1d(8, 8, 1), nn.Conv1d(8, 4, 1)]),
+        nn.Conv1d(12, 16, 1),
+        nn.MaxPool1d(2),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(16, length),
+    )
+
+
+@pytest.mark.parametrize("length", [50, 16, 12, 8])
+def test_signals_come_as_maps_of_one_row_with_the_channels_of_their_convolutions(length):
+    torch.manual_seed(0)
+    model, signals = convolutions(length), torch.randn(5, 3, length)
+    layers = ["0", "1", "2", "3", "4"]
+    _, features = FeatureExtractor(model, layers)(signals)
+    for layer in layers:
+        signals = model[int(layer)](signals)
+        assert torch.equal(features[layer][:, :, 0], signals), layer
+    table = layer_table(model, layers, (3, length))
+    assert table[["channels", "height"]].values.tolist() == [[width, 1] for width in (8, 8, 12, 16, 16)]
+    assert profile_layers(FrozenTeacher(model, layers), [torch.randn(9, 3, length)]).widths == [8, 8, 12, 16, 16]
+
+
+class Mixer(nn.Module):
+    """Two layers on tokens, one of which mixes tokens: both axes are as wide as a Linear layer."""
+
+    def __init__(self, tokens, width):
+        super().__init__()
+        self.norm, self.across, self.along = nn.LayerNorm(width), nn.Linear(tokens, tokens), nn.Linear(width, width)
+        self.act = nn.GELU()
+
+    def forward(self, x):
+        x = x + self.across(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.act(self.along(x))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.TransformerEncoderLayer(8, 2, 10, batch_first=True),
+        lambda: nn.Sequential(nn.Dropout(), nn.TransformerEncoderLayer(8, 2, 10, batch_first=True), nn.Dropout()),
+        lambda: Mixer(6, 8),
+        lambda: nn.Sequential(nn.RMSNorm(8), nn.SiLU()),
+    ],
+)
+def test_tokens_stay_as_they_are_in_a_layer_and_in_its_parts_without_weights(build):
+    torch.manual_seed(0)
+    model = nn.Sequential(build(), nn.Identity()).eval()
+    tokens = torch.randn(3, 6, 8)
+    plain = [name for name, part in model.named_modules() if isinstance(part, (nn.Dropout, nn.GELU, nn.SiLU))]
+    output, features = FeatureExtractor(model, ["0", "1", *plain])(tokens)
+    assert {feature.shape[:2] for feature in features.values()} == {(3, 6)}
+    assert torch.equal(features["0"], output) and torch.equal(features["1"], output)
+
+
+def test_a_part_without_weights_has_its_channels_where_the_layers_around_it_have_theirs():
+    model = swin(*SWINS["v1"])
+    with torch.no_grad(), FeatureExtractor(model, ["features.0.0", "features.0.1", "features.1.0.mlp.1"]) as extract:
+        _, features = extract(torch.randn(2, 3, 64, 32))
+    shapes = [tuple(feature.shape) for feature in features.values()]
+    assert shapes == [(2, 8, 16, 8), (2, 8, 16, 8), (2, 32, 16, 8)], "also of a permutation and a GELU"
+
+
+def test_where_nobody_tells_which_axis_holds_the_channels_the_user_is_asked():
+    model, signals = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(48, 2)), torch.randn(3, 6, 8)
+    for said in (None, 2):
+        if said:
+            model.channel_axis = said
+        with pytest.raises(ValueError, match=r"0: returns shape \(1, 6, 8\).*set channel_axis = 1 or -1") as error:
+            layer_table(model, ["0"], (6, 8))
+        assert "\n" not in str(error.value)
+    for said, shape in ((1, (3, 6, 1, 8)), (-1, (3, 6, 8))):
+        model.channel_axis = said
+        assert FrozenTeacher(model, ["0"]).observe(signals).features["0"].shape == shape
+    model[0].channel_axis = 1  # the layer's own word counts before the model's
+    assert FeatureExtractor(model, ["0"])(signals)[1]["0"].shape == (3, 6, 1, 8)
 
 
 # --------------------------------------------------------------------------------------------- compiled and scripted

@@ -2,6 +2,7 @@
 
 import functools
 import random
+import warnings
 
 import pytest
 import torch
@@ -129,15 +130,17 @@ FAMILIES = {
     "resnet34": ("layer1.0", "layer4.2", [(3, 64, 56), (7, 128, 28), (13, 256, 14), (16, 512, 7)]),
     "wide_resnet50_2": ("layer1.0", "layer4.2", [(3, 256, 56), (7, 512, 28), (13, 1024, 14), (16, 2048, 7)]),
     "vgg13": (
-        "features.3", "features.23", [(1, 64, 224), (2, 128, 112), (3, 256, 56), (4, 512, 28), (5, 512, 14)],
+        "features.1", "features.23", [(2, 64, 224), (4, 128, 112), (6, 256, 56), (8, 512, 28), (10, 512, 14)],
     ),
     "vgg13_bn": (
-        "features.5", "features.33", [(1, 64, 224), (2, 128, 112), (3, 256, 56), (4, 512, 28), (5, 512, 14)],
+        "features.2", "features.33", [(2, 64, 224), (4, 128, 112), (6, 256, 56), (8, 512, 28), (10, 512, 14)],
     ),
-    "alexnet": ("features.1", "features.11", [(1, 64, 55), (2, 192, 27), (3, 256, 13)]),
+    "alexnet": ("features.1", "features.11", [(1, 64, 55), (2, 192, 27), (3, 384, 13), (5, 256, 13)]),
     "squeezenet1_1": ("features.3", "features.12", [(2, 128, 55), (4, 256, 27), (6, 384, 13), (8, 512, 13)]),
     "densenet121": (
-        "features.denseblock1", "features.denseblock4", [(1, 256, 56), (2, 512, 28), (3, 1024, 14), (4, 1024, 7)],
+        "features.denseblock1.denselayer1",
+        "features.denseblock4.denselayer16",
+        [(6, 32, 56), (18, 32, 28), (42, 32, 14), (58, 32, 7)],
     ),
     "googlenet": (
         "inception3a",
@@ -189,8 +192,11 @@ FAMILIES = {
     "vit_b_32": ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11", [(12, 768, 7 * 7 + 1)]),
     "swin_t": ("features.1.0", "features.7.1", [(2, 96, 56), (4, 192, 28), (10, 384, 14), (12, 768, 7)]),
     "swin_v2_t": ("features.1.0", "features.7.1", [(2, 96, 56), (4, 192, 28), (10, 384, 14), (12, 768, 7)]),
-    "maxvit_t": ("blocks.0", "blocks.3", [(1, 64, 56), (2, 128, 28), (3, 256, 14), (4, 512, 7)]),
+    "maxvit_t": (
+        "blocks.0.layers.0", "blocks.3.layers.1", [(2, 64, 56), (4, 128, 28), (9, 256, 14), (11, 512, 7)],
+    ),
 }  # fmt: skip
+STAGED = {"vgg13": 5, "vgg13_bn": 5, "alexnet": 3, "densenet121": 4, "maxvit_t": 4}  # name -> stages on the outside
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -198,8 +204,12 @@ def test_candidates_of_torchvision_networks_are_the_blocks_of_their_papers(name)
     first, last, stages = FAMILIES[name]
     with torch.device("cpu" if name.startswith("regnet") else "meta"):  # shapes only; a RegNet cannot be built so
         model = build_model(name, 2)
-    layers = candidate_layers(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        layers = candidate_layers(model)
     assert (layers[0], layers[-1], len(layers)) == (first, last, stages[-1][0])
+    assert len(said) == (name in STAGED)
+    assert all(f"has {STAGED[name]} stages, fewer than 8" in str(line.message) for line in said)
     size = 299 if name == "inception_v3" else 224
     table = layer_table(model.to("meta"), layers, (3, size, size))
     assert table["layer"].tolist() == layers, "execution order"
@@ -212,8 +222,8 @@ def test_candidates_of_a_vgg_are_after_the_relu_or_before_it():
         model = build_model("vgg11_bn", 2)
     after = [model.get_submodule(layer) for layer in candidate_layers(model)]
     before = [model.get_submodule(layer) for layer in candidate_layers(model, before_activation=True)]
-    assert {type(module) for module in after} == {nn.ReLU} and len(after) == 5
-    assert {type(module) for module in before} == {nn.BatchNorm2d} and len(before) == 5
+    assert {type(module) for module in after} == {nn.ReLU} and len(after) == 8
+    assert {type(module) for module in before} == {nn.BatchNorm2d} and len(before) == 8
 
 
 class Block(nn.Module):
@@ -252,6 +262,17 @@ ORDER = ["first", "middle.1", "middle.0", "last"]
 def test_candidates_come_in_execution_order_not_in_order_of_declaration():
     assert candidate_layers(Reversed()) == ORDER
     assert candidate_layers(nn.Sequential(Reversed())) == [f"0.{layer}" for layer in ORDER]
+
+
+def test_stages_that_cannot_be_traced_inside_are_the_candidates_and_a_line_says_what_gives_more():
+    class PickyStage(Stage):
+        def forward(self, x):
+            return super().forward(x) if x.sum() < 1e9 else x
+
+    model = Looped(*[PickyStage(Block(), Block()) for _ in range(3)])
+    with pytest.warns(UserWarning, match="cannot trace .*: pass image_shape.* more candidates than 3 stages"):
+        assert candidate_layers(model) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert len(candidate_layers(model, image_shape=(2, 4, 4))) == 6
 
 
 def test_a_forward_pass_that_cannot_be_traced_is_ordered_by_a_dry_run():
@@ -293,6 +314,28 @@ class Stage(nn.Module):
 
     def forward(self, x):
         return self.blocks(x)
+
+
+class WrappingStage(Stage):
+    def __init__(self, wrap):
+        super().__init__(Block(), Block())
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(self.blocks(x))
+
+
+class Wrapped(nn.Module):
+    """Stages that give their map in some company or form, made by `wrap` and undone by `unwrap`."""
+
+    def __init__(self, wrap, unwrap, stages=8):
+        super().__init__()
+        self.unwrap, self.stages = unwrap, nn.ModuleList(WrappingStage(wrap) for _ in range(stages))
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = self.unwrap(stage(x))
+        return x.mean((2, 3))
 
 
 class ConvBlock(nn.Module):
@@ -402,8 +445,18 @@ OWN_MODULES = {  # name -> (model, candidates)
     "a class of its own between": (
         lambda: Looped(OtherBlock(), Block(), Stage(Block(), Block()), Block()), ["blocks.1", "blocks.2", "blocks.3"],
     ),
-    "nested: the outer level": (
-        lambda: Looped(Stage(Block(), Block()), Stage(Block(), Block())), ["blocks.0", "blocks.1"],
+    "nested: few outer stages": (
+        lambda: Looped(Stage(Block()), Stage(Block(), Block())),
+        ["blocks.0.blocks.0", "blocks.1.blocks.0", "blocks.1.blocks.1"],
+    ),
+    "nested: eight outer stages": (
+        lambda: Looped(*[Stage(Block(), Block()) for _ in range(8)]), [f"blocks.{i}" for i in range(8)],
+    ),
+    "nested: few outer blocks, with parts of unlike classes": (
+        lambda: Looped(*[Stage(Block(), OtherBlock()) for _ in range(3)]), ["blocks.0", "blocks.1", "blocks.2"],
+    ),
+    "blocks that return their map's size, too": (
+        lambda: Wrapped(lambda x: [x.shape[2:], x], lambda pair: pair[1]), [f"stages.{i}" for i in range(8)],
     ),
     "nested: one outer block": (
         lambda: Looped(Stage(Block(), Block())), ["blocks.0.blocks.0", "blocks.0.blocks.1"],
@@ -443,10 +496,10 @@ OWN_MODULES = {  # name -> (model, candidates)
             conv(), conv(), nn.ReLU(), nn.MaxPool2d(1),
             conv(), nn.Dropout(), nn.ELU(),
         ),
-        ["1", "5", "9"],
+        ["1", "3", "5", "9"],
     ),
     "a chain with one ReLU for all": (lambda: one_relu_for_all(nn.ReLU()), ["0", "3", "6"]),
-    "stages with one ReLU for all": (lambda: one_relu_for_all_stages(nn.ReLU()), ["2", "6", "9"]),
+    "stages with one ReLU for all": (lambda: one_relu_for_all_stages(nn.ReLU()), ["0", "2", "6", "9"]),
     "a functional forward": (Functional, ["conv1", "norm2", "fc1"]),
     "attention without blocks": (FlatTransformer, ["mix.0", "mix.1"]),
     "weights with a parametrization": (
@@ -478,6 +531,22 @@ def test_candidates_of_modules_of_ones_own(name, dry):
     observation = FrozenTeacher(model, layers).observe(torch.randn(3, 2, 4, 4))
     assert list(observation.features) == layers, "each runs once, in this order"
     assert layer_table(model, layers, (2, 4, 4))["layer"].tolist() == layers
+
+
+@pytest.mark.parametrize(
+    ("wrap", "unwrap"),
+    [
+        (lambda x: {"map": x}, lambda wrapped: wrapped["map"]),
+        (lambda x: (x.shape, "no map"), lambda wrapped: torch.ones(wrapped[0])),
+        (lambda x: x.unflatten(0, (1, 1, -1)), lambda wrapped: wrapped.flatten(0, 2)),
+        (lambda x: torch.cat([x, x]), lambda wrapped: wrapped[: len(wrapped) // 2]),
+    ],
+)
+def test_a_dry_run_looks_inside_blocks_whose_output_is_no_feature(wrap, unwrap):
+    model = Wrapped(wrap, unwrap, stages=2)
+    layers = candidate_layers(model, image_shape=(2, 4, 4))
+    assert layers == ["stages.0.blocks.0", "stages.0.blocks.1", "stages.1.blocks.0", "stages.1.blocks.1"]
+    assert FrozenTeacher(model, layers).observe(torch.randn(3, 2, 4, 4)).features
 
 
 def test_a_chain_has_candidates_before_its_activations_too():

@@ -1,12 +1,16 @@
 """Weights that were trained elsewhere: what is taken, and what is refused in one line."""
 
+import argparse
 import urllib.error
+import warnings
 
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 
-from pursuhint_lib.models import build_model, state_hash
+from pursuhint_lib import storage
+from pursuhint_lib.models import build_model, load_model, save_model, state_hash
 from pursuhint_lib.pretrained import check_source, load_weights
 
 
@@ -20,10 +24,16 @@ def theirs():
     return network(seed=1)
 
 
-@pytest.mark.parametrize("name", ["theirs.safetensors", "theirs.pth"])
-def test_a_state_dict_below_the_home_or_anywhere_is_taken(home, theirs, name):
-    save = safetensors.torch.save_file if name.endswith("safetensors") else torch.save
+@pytest.fixture(scope="module")
+def state():
+    return build_model("resnet8", 5).state_dict()
+
+
+@pytest.mark.parametrize("name", ["theirs.safetensors", "THEIRS.SAFETENSORS", "theirs.pth.tar", "theirs.CKPT"])
+def test_a_state_dict_below_the_home_or_anywhere_is_taken_whatever_its_suffix(home, theirs, name):
+    save = safetensors.torch.save_file if "safetensors" in name.lower() else torch.save
     save(theirs.state_dict(), home / name)
+    check_source("resnet18", name)
     for source in (name, str(home / name)):
         mine = network()
         assert state_hash(mine) != state_hash(theirs)
@@ -37,6 +47,57 @@ def test_weights_from_before_batch_norm_counted_are_taken(home, theirs):
     assert state_hash(load_weights(network(), "old.pth")) == state_hash(theirs)
 
 
+def under(prefix, state):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "says"),
+    [
+        (lambda state: state, None),
+        (
+            lambda state: {"epoch": 240, "model": state, "args": argparse.Namespace(lr=1), "optimizer": {"lr": 1}},
+            "model taken of its entries epoch, model, args, optimizer",
+        ),
+        (lambda state: {"state_dict": state, "best_acc1": torch.tensor(0.7)}, "state_dict taken of its entries"),
+        (lambda state: under("module.", state), "prefix module. dropped"),
+        (lambda state: under("module._orig_mod.", state), "prefix module._orig_mod. dropped"),
+        (lambda state: {"state_dict": under("model.", state)}, "entries state_dict; prefix model. dropped"),
+    ],
+)
+def test_checkpoints_of_training_programs_are_opened_and_a_line_says_how(home, state, wrap, says):
+    torch.save(wrap(state), home / "w.pth")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        mine = load_weights(build_model("resnet8", 5), "w.pth")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in mine.state_dict().items())
+    assert [says in str(warning.message) and "w.pth" in str(warning.message) for warning in said] == [True] * bool(says)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "begins"), [("googlenet", "aux1, aux2", "1378be20"), ("inception_v3", "AuxLogits", "0cc3c7bd")]
+)
+def test_auxiliary_heads_are_left_out_and_input_is_transformed_as_the_weights_want(
+    home, monkeypatch, name, heads, begins
+):
+    trained = torchvision.models.get_model(name, num_classes=2, aux_logits=True, init_weights=False).eval()
+    torch.save(trained.state_dict(), home / "w.pth")
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: trained.state_dict())
+    images = torch.randn(1, 3, 75, 75)
+    with torch.no_grad():
+        for source, digest, on in (("w.pth", "0" * 64, False), ("w.pth", begins, True), ("IMAGENET1K_V1", "", True)):
+            monkeypatch.setattr(storage, "sha256", lambda path, digest=digest: digest)  # torchvision's own file, or not
+            trained.transform_input = on
+            expected = trained(images)
+            with pytest.warns(UserWarning, match=f"of {heads} left out.*transform_input is {'on' if on else 'off'}"):
+                mine = load_weights(build_model(name, 2), source)
+            assert torch.equal(mine(images), expected)
+            again, _ = load_model(save_model(mine, home / "m.safetensors"))
+            assert torch.equal(again(images), expected) and again.spec == mine.spec
+    with pytest.raises(ValueError, match="resnet18 cannot transform its input"):
+        build_model("resnet18", 2, transform_input=True)
+
+
 class Code:
     def __reduce__(self):
         return print, ("this ran",)
@@ -47,13 +108,17 @@ class Code:
     [
         (lambda: network(4).state_dict(), r"fc.weight is \(4, 512\) there, \(5, 512\) in the model"),
         (lambda: {"state_dict": {}, "epoch": 3}, "is not a state_dict"),
+        (lambda: dict.fromkeys(["model", "ema"], network().state_dict()), r"several state_dicts \(model, ema\)"),
         (lambda: {"fc.weight": Code()}, "weights alone"),
-        (None, "is not a file of weights"),
+        (network, "weights alone"),
+        (b"", "is not a whole file of weights"),
+        (b"PK\x03\x04 cut off", "is not a whole file of weights"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "fetch them with git lfs pull"),
     ],
 )
 def test_what_does_not_fit_or_is_more_than_weights_is_refused(home, content, says, capsys):
-    if content is None:
-        (home / "w.pth").write_bytes(b"no weights")
+    if isinstance(content, bytes):
+        (home / "w.pth").write_bytes(content)
     else:
         torch.save(content(), home / "w.pth")
     before = state_hash(mine := network())
@@ -74,12 +139,14 @@ def test_unknown_weights_are_answered_with_those_there_are(home):
 
 def test_a_source_is_checked_without_reading_or_downloading_it(home, monkeypatch):
     (home / "w.pth").write_bytes(b"no weights")
+    (home / "pointer.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", None)  # a download would fail
     check_source("resnet18", "w.pth")
     check_source("resnet18", "IMAGENET1K_V1")
     for network, source, says in (
         ("resnet18", "none.safetensors", "none.safetensors are not there"),
-        ("resnet18", "w.ckpt", "torchvision has IMAGENET1K_V1, DEFAULT of resnet18; or name a file"),
+        ("resnet18", "w.ckpt", "w.ckpt are not there"),
+        ("resnet18", "pointer.pth", "fetch them with git lfs pull"),
         ("resnet18", "IMAGENET1K_V2", "torchvision has IMAGENET1K_V1, DEFAULT of resnet18"),
         ("resnet20", "IMAGENET1K_V1", "torchvision has none of resnet20"),
     ):

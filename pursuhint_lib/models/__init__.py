@@ -37,18 +37,24 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {  # name -> f(classes, cha
 # ---------------------------------------------------------------------------------------------------------- building
 
 
-def build_model(name: str, classes: int, *, channels: int = 3) -> nn.Module:
+def build_model(name: str, classes: int, *, channels: int = 3, transform_input: bool = False) -> nn.Module:
     """A network with fresh random weights: images (B, channels, H, W) -> logits (B, classes).
 
     name: a key of MODELS, or a classifier of torchvision ("resnet34", "vgg13_bn", "vit_b_16"), which needs 3 channels.
+    transform_input: as torchvision's googlenet and inception_v3 take it; see `pretrained.load_weights`.
     The model remembers how it was built in `model.spec`, so that `save_model` can write it down.
 
-    Raises ValueError for an unknown name (naming the nearest ones), fewer than one class, or impossible channels.
+    Raises ValueError for an unknown name (naming the nearest ones), fewer than one class, impossible channels, or
+    `transform_input` of another network.
     """
     if classes < 1 or channels < 1:
         raise ValueError(f"{name} needs at least one class and one channel, not {classes=}, {channels=}")
     model = MODELS[name](classes, channels) if name in MODELS else _torchvision_model(name, classes, channels)
     model.spec = {"name": name, "classes": classes, "channels": channels}
+    if transform_input:  # named only then: other networks keep the keys and files that they had
+        if not hasattr(model, "transform_input"):
+            raise ValueError(f"{name} cannot transform its input: googlenet and inception_v3 can")
+        model.transform_input = model.spec["transform_input"] = True
     return model
 
 
@@ -113,7 +119,7 @@ def load_model(path: Path, model: nn.Module | None = None) -> tuple[nn.Module, d
         if about["model"] is None:
             raise ValueError(f"{path} holds a module that build_model does not know: build it and pass it as model=")
         with torch.random.fork_rng(devices=[]):
-            model = build_model(about["model"]["name"], about["model"]["classes"], channels=about["model"]["channels"])
+            model = build_model(**about["model"])
     check_fit(model, state, path)
     model.load_state_dict(state)
     return model.eval(), about["facts"]

@@ -1,6 +1,7 @@
 """Which layers of a network a hint may come from: found in any module, by four rules."""
 
 import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from typing import Any
@@ -9,11 +10,13 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from pursuhint_lib.features import blank_image, check_model, undisturbed
+from pursuhint_lib.features import blank_image, check_model, is_feature, undisturbed
+
+ENOUGH = 8  # with fewer layers to choose from there is little to choose
 
 
 def candidate_layers(
-    model: nn.Module, *, before_activation: bool = False, image_shape: tuple[int, int, int] | None = None
+    model: nn.Module, *, before_activation: bool = False, image_shape: tuple[int, ...] | None = None
 ) -> list[str]:
     """The layers a hint may come from, as module paths in execution order. The first rule that fits decides:
 
@@ -21,9 +24,11 @@ def candidate_layers(
        outputs of their residual or shuffle units (of a VGG, its stages), after the activation or before it.
     2. Repeated blocks: on one level, the modules of every class that appears there at least twice, and whatever runs
        between them. Plain containers (Sequential, ModuleList, ModuleDict) are looked through, and the outermost level
-       with two such blocks wins. Blocks hold two weight layers or more; failing that, one.
+       with two such blocks wins. Blocks hold two weight layers or more; failing that, one. Where that gives fewer than
+       ENOUGH blocks, and they are stages, which hold such blocks in turn: the blocks inside, should these be more.
     3. Stages: in a Sequential of plain layers, in each stretch between poolings the last convolution with the
-       normalization and activation that follow it; where there are at least three.
+       normalization and activation that follow it; where there are at least three. Fewer than ENOUGH: every
+       convolution.
     4. Weight layers: every convolution and linear layer with the normalization and activation modules that follow it.
        Not the last one, which makes the model's own output.
 
@@ -33,12 +38,16 @@ def candidate_layers(
         regnet, shufflenet, convnext
         vit, swin                                                   2: encoder blocks
         googlenet, inception_v3, squeezenet                         2: inception and fire modules
-        densenet, maxvit                                            2: dense blocks and stages, not the layers inside
-        vgg, vgg_bn (5 layers), alexnet (3 layers)                  3: stages
+        densenet, maxvit                                            2: dense and MaxViT layers, inside four stages
+        vgg, vgg_bn, alexnet                                        3: convolutions, inside five or three stages
+
+    and for timm's convnext, swin, regnet, maxvit and others that hold their blocks in stages: these blocks. A warning
+    says in one line where stages were looked into.
 
     Layers that one forward pass in eval mode never calls (auxiliary heads), or calls more than once (shared weights),
     have no one feature and are left out. The order comes from tracing that pass symbolically: nothing is run or
-    changed. Where the pass cannot be traced, one dry run on a blank image of `image_shape` (C, H, W) gives the order.
+    changed. Where the pass cannot be traced, one dry run on a blank image of `image_shape` (C, H, W), or (C, L) of
+    signals, gives the order; it leaves out what returns no feature, as `features.is_feature` has it.
 
     before_activation: the value before the last activation, known for all rules but 2.
     Raises ValueError when no rule fits, when the order cannot be found, or where `before_activation` is not known: then
@@ -51,34 +60,69 @@ def candidate_layers(
     if hasattr(model, "candidate_layers"):
         return model.candidate_layers(before_activation)
     kind = type(model).__name__
-    if blocks := _repeated_blocks(model, image_shape):
-        if before_activation:
-            raise ValueError(f"the value before the last activation has no name in {kind}: pass layers by hand")
-        return blocks
-    stages = _called_once(model, _stage_outputs(model, before_activation), image_shape)
-    layers = stages if len(stages) >= 3 else _weight_layers(model, before_activation, image_shape)
+    layers, inside = _repeated_blocks(model, image_shape)
+    if layers and before_activation:
+        raise ValueError(f"the value before the last activation has no name in {kind}: pass layers by hand")
+    if not layers:
+        layers = _called_once(model, _stage_outputs(model, before_activation), image_shape)
+        if len(layers) < 3:
+            layers = _weight_layers(model, before_activation, image_shape)
+        elif len(layers) < ENOUGH:
+            inside = _called_once(model, _stage_outputs(model, before_activation, every=True), image_shape)
+    if len(inside) > len(layers):
+        few = f"{kind} has {len(layers)} stages, fewer than {ENOUGH}"
+        warnings.warn(
+            f"{few}: candidates are the {len(inside)} layers inside, {inside[0]} to {inside[-1]}", stacklevel=2
+        )
+        return inside
     if len(layers) < 2:
         parts = ", ".join(name for name, _ in model.named_children()) or "(nothing)"
         raise ValueError(f"{kind} has no two blocks or layers that run once each: pass layers by hand, from {parts}")
     return layers
 
 
-def _repeated_blocks(model: nn.Module, image_shape: tuple[int, int, int] | None) -> list[str]:
-    """Rule 2; [] if it does not fit."""
+def _repeated_blocks(model: nn.Module, image_shape: tuple[int, ...] | None) -> tuple[list[str], list[str]]:
+    """Rule 2, and what it gives inside, if these are stages and too few; [] where it does not fit."""
     for weight_layers in (2, 1):
         level = {model: ""}
         while level := _level_below(level):
-            # By class, not by instance: the first MBConv of some EfficientNets holds one convolution only.
-            deep = {type(part) for part in level if _n_weights(part) >= weight_layers}
-            count = Counter(type(part) for part in level)
-            if not any(count[kind] >= 2 for kind in deep):
-                continue
-            watched = {name: part for part, name in level.items() if type(part) in deep}
-            called = _called_once(model, list(watched), image_shape)
-            repeated = [name for name in called if count[type(watched[name])] >= 2]
-            if len(repeated) >= 2:
-                return called[called.index(repeated[0]) : called.index(repeated[-1]) + 1]
-    return []
+            if blocks := _repeated_on(level, weight_layers, model, image_shape):
+                few = len(blocks) < ENOUGH
+                return blocks, _inside_stages(blocks, weight_layers, model, image_shape) if few else []
+    return [], []
+
+
+def _inside_stages(
+    blocks: list[str], weight_layers: int, model: nn.Module, image_shape: tuple[int, ...] | None
+) -> list[str]:
+    """The repeated blocks inside `blocks`; [] if none of these is a stage, which holds two of a class: the block of a
+    transformer, of one attention and one MLP, is none.
+    """
+    within = [_level_below({model.get_submodule(name): name}) for name in blocks]
+    kinds = [Counter(type(part) for part in parts if _n_weights(part) >= weight_layers) for parts in within]
+    if not any(count >= 2 for counts in kinds for count in counts.values()):
+        return []
+    below = {part: name for parts in within for part, name in parts.items()}
+    try:
+        return _repeated_on(below, weight_layers, model, image_shape)
+    except ValueError as error:  # what calls the stages can be traced, the stages cannot
+        warnings.warn(f"{error}, to have more candidates than {len(blocks)} stages", stacklevel=4)
+        return []
+
+
+def _repeated_on(
+    level: dict[nn.Module, str], weight_layers: int, model: nn.Module, image_shape: tuple[int, ...] | None
+) -> list[str]:
+    """The repeated blocks among the modules of one level and what runs between them; [] if there are no two."""
+    # By class, not by instance: the first MBConv of some EfficientNets holds one convolution only.
+    deep = {type(part) for part in level if _n_weights(part) >= weight_layers}
+    count = Counter(type(part) for part in level)
+    if not any(count[kind] >= 2 for kind in deep):
+        return []
+    watched = {name: part for part, name in level.items() if type(part) in deep}
+    called = _called_once(model, list(watched), image_shape)
+    repeated = [name for name in called if count[type(watched[name])] >= 2]
+    return called[called.index(repeated[0]) : called.index(repeated[-1]) + 1] if len(repeated) >= 2 else []
 
 
 def _level_below(level: dict[nn.Module, str]) -> dict[nn.Module, str]:
@@ -140,8 +184,8 @@ def _finishes(layer: nn.Module, before_activation: bool) -> bool:
     return normalizes or (_family(layer) == "activation" and not before_activation)
 
 
-def _stage_outputs(model: nn.Module, before_activation: bool) -> list[str]:
-    """Rule 3: paths in order of declaration."""
+def _stage_outputs(model: nn.Module, before_activation: bool, every: bool = False) -> list[str]:
+    """Rule 3: paths in order of declaration. every: of each convolution, not of the last of each stage."""
     outputs = []
     names = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for path, chain in model.named_modules():
@@ -152,18 +196,18 @@ def _stage_outputs(model: nn.Module, before_activation: bool) -> list[str]:
             if _passes_on(layer):
                 continue
             follows = _finishes(layer, before_activation) and names[layer] == 1
+            if end and (_family(layer) == "pooling" or (every and _family(layer) == "conv")):
+                outputs.append(end)
+                end = None
             after_convolution = _family(layer) == "conv" or (after_convolution and follows)
             if after_convolution:
                 end = f"{path}.{name}" if path else name
-            if _family(layer) == "pooling" and end:
-                outputs.append(end)
-                end = None
         if end:
             outputs.append(end)
     return outputs
 
 
-def _weight_layers(model: nn.Module, before_activation: bool, image_shape: tuple[int, int, int] | None) -> list[str]:
+def _weight_layers(model: nn.Module, before_activation: bool, image_shape: tuple[int, ...] | None) -> list[str]:
     """Rule 4, in execution order."""
     parts = {
         name: part
@@ -182,13 +226,13 @@ def _weight_layers(model: nn.Module, before_activation: bool, image_shape: tuple
     return [name for name in ends[:-1] if count[name] == 1]
 
 
-def _called_once(model: nn.Module, layers: list[str], image_shape: tuple[int, int, int] | None) -> list[str]:
+def _called_once(model: nn.Module, layers: list[str], image_shape: tuple[int, ...] | None) -> list[str]:
     """Those of `layers` that one forward pass calls once, in execution order."""
     called = [name for name, _ in _calls(model, layers, image_shape)]
     return [name for name in called if called.count(name) == 1]
 
 
-def _calls(model: nn.Module, layers: list[str], image_shape: tuple[int, int, int] | None) -> list[tuple[str, bool]]:
+def _calls(model: nn.Module, layers: list[str], image_shape: tuple[int, ...] | None) -> list[tuple[str, bool]]:
     """The calls of `layers` in one forward pass: (name, whether its input is what the call before it returned)."""
     names = {model.get_submodule(layer): layer for layer in layers}
     calls: list[tuple[str, bool]] = []
@@ -199,6 +243,10 @@ def _calls(model: nn.Module, layers: list[str], image_shape: tuple[int, int, int
         calls.append((names[module], bool(inputs) and inputs[0] is returned))
         returned = output
 
+    def note_feature(module: nn.Module, inputs: tuple, output: Any) -> None:
+        if is_feature(output, rows=1):
+            note(module, inputs, output)
+
     if not layers:
         return []
     kind = type(model).__name__
@@ -206,7 +254,7 @@ def _calls(model: nn.Module, layers: list[str], image_shape: tuple[int, int, int
         try:
             with undisturbed(model), contextlib.ExitStack() as hooks:
                 for module in names:
-                    hooks.callback(module.register_forward_hook(note).remove)
+                    hooks.callback(module.register_forward_hook(note_feature).remove)
                 model(blank_image(model, image_shape))
         except Exception as error:  # whatever a foreign network says of images that it cannot take
             size = "x".join(map(str, image_shape))
