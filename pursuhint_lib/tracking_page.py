@@ -102,7 +102,7 @@ def _refusal(port: int) -> str:
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
-        return f"{error.strerror} (another one: make ui ARGS='--port 5001')"
+        return f"{os.strerror(error.errno)} (another one: make ui ARGS='--port 5001')"
     return ""
 
 

@@ -89,12 +89,14 @@ def _create_store() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name("mlflow.db.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (damage := _damage(path, _LOCKED_S)):
+        if not (damage := _damage(path)):
             return
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-        new, aside = Path(f"{path}-new"), Path(f"{path}-damaged-{time.strftime('%Y%m%d-%H%M%S')}")
-        new.unlink(missing_ok=True)  # of a process that was killed
+        for old in path.parent.glob("mlflow.db-new-*"):  # of processes that were killed
+            old.unlink()
+        # A name of its own: MLflow keeps what it has opened, for as long as the process lives.
+        new, aside = Path(f"{path}-new-{time.time_ns()}"), Path(f"{path}-damaged-{time.strftime('%Y%m%d-%H%M%S')}")
         SqlAlchemyStore(f"sqlite:///{new}", artifact_root()).engine.dispose()
         with contextlib.closing(sqlite3.connect(new)) as database:
             database.execute("PRAGMA journal_mode=WAL")  # lets readers and writers meet
@@ -106,41 +108,46 @@ def _create_store() -> None:
         warnings.warn(f"{path} cannot be used ({damage}): moved to {aside.name}, a new one was made", stacklevel=4)
 
 
-def _damage(path: Path, patience_s: float) -> str:
+def _damage(path: Path) -> str:
     """Why the embedded store has to be made anew, "" if it is whole. Raises TrackingError when it is locked, and
     sqlite3.OperationalError when the system does not let it be read.
     """
     if not path.is_file():
         return "it is no file"
     try:
-        with contextlib.closing(sqlite3.connect(path, timeout=patience_s)) as database:
+        with contextlib.closing(sqlite3.connect(path, timeout=_LOCKED_S)) as database:
             if (found := database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 return found.splitlines()[0]
             whole = database.execute("SELECT 1 FROM experiments").fetchone()  # MLflow makes its first one last
             return "" if whole else "it was left half made"
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
-            raise TrackingError(f"{path} is locked by another process, for {patience_s} s now") from None
-        damaged = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)  # the last: no such table
-        if error.sqlite_errorcode & 0xFF in damaged:
+            raise TrackingError(f"{path} is locked by another process, for {_LOCKED_S} s now") from None
+        if _means_damage(error):
             return str(error)
         raise
 
 
-def missing_runs(run_ids: Iterable[str]) -> set[str]:
-    """Those that the embedded store does not have, or not as FINISHED; all, when it has to be made anew.
+def _means_damage(error: sqlite3.Error) -> bool:
+    """Whether the file is to blame, not the system or another process. SQLITE_ERROR: a table is not there."""
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 
-    Imports no MLflow. Another store is not asked, nor one that cannot be read: they count as whole.
+
+def missing_runs(run_ids: Iterable[str]) -> set[str]:
+    """Those that the embedded store does not have, or not as FINISHED; all, when it is gone or damaged.
+
+    Imports no MLflow. Another store is not asked, and one that cannot be read now counts as whole.
     """
     path, wanted = _database(), set(run_ids)
     if tracking_uri() != default_uri():
         return set()
-    with contextlib.suppress(sqlite3.Error, TrackingError):
-        if _damage(path, patience_s=1):
-            return wanted
-        with contextlib.closing(sqlite3.connect(path)) as database:
+    if not path.is_file():
+        return wanted
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=1)) as database:
             return wanted.difference(*database.execute("SELECT run_uuid FROM runs WHERE status = 'FINISHED'"))
-    return set()
+    except sqlite3.DatabaseError as error:
+        return wanted if _means_damage(error) else set()
 
 
 def relocate() -> str | None:
