@@ -27,13 +27,14 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pursuhint_lib import records
+from pursuhint_lib import records, tracking
 from pursuhint_lib.execution import Execution, StageFailed, copy_whole, kernel_environment, publish, run_notebook
 from pursuhint_lib.fanout import FanOut, Fleet, Work, add_options, settle
 from pursuhint_lib.jobs import Job, job_folder, jobs_of, run_job
@@ -68,6 +69,7 @@ from pursuhint_lib.status import (
     where,
 )
 from pursuhint_lib.storage import REPOSITORY, home, read_json, read_table, report_folder, run_folder, save_json
+from pursuhint_lib.tracking_mirror import SPOOL, Mirror, lacking
 from pursuhint_lib.verdict import Verdict, as_json, judge
 
 _EVALUATED = ("results.csv", "summary.csv", "contrasts.csv", "measures.csv", "alike.csv", "costs.csv", "teacher.json")
@@ -133,7 +135,6 @@ STAGES = (
     ),
 )
 RESULTS = "results.csv"  # of the last stage: what the verdict looks at
-SPOOL = ".mlflow-spool.jsonl"  # in a stage's folder: what its notebook wants logged; in a job's: what the job does
 NOTEBOOK = "notebook"  # the job that executes a stage's notebook
 PREVIOUS = "previous"  # runs/<study>/previous/: tables and records that the verdict compares with
 SHOWN = "shown.json"  # in runs/<study>/: sha256 of the files of its report, so that a changed one is made again
@@ -291,7 +292,7 @@ def is_finished(study: str, sources: Sources) -> bool:
         if reason:
             return False
         earlier[stage.name] = record
-    return not _changed_report(study)
+    return not _changed_report(study) and not lacking(earlier)
 
 
 def _changed_report(study: str) -> list[str]:
@@ -368,11 +369,13 @@ class Driver:
         self.past: dict[str, float] = dict(self.status.get("seconds", {}))  # what stages took, for the forecast
         self.spent: dict[str, float] = dict(self.status.get("spent", {}))  # by unfinished attempts at a stage
         self.records: dict[str, dict] = {}
+        self.mirror = Mirror(study, self.live.say, command_line("reproduce", study, self.options))
         self.prepared = False
         self.ran = 0
 
     def run(self, force: bool) -> None:
         """Go through the stages; however it ends, the status says so."""
+        warnings.showwarning = lambda message, *_: self.live.say(f"warning: {message}")
         try:
             self._go_through(force)
         except BaseException as error:
@@ -416,29 +419,16 @@ class Driver:
         self.live.draw("starting: torch, MLflow and papermill are imported")
         self.sources.check(self.params, self.file)
         self.stop.check()
-        tracking = _tracking()
+        if os.environ.get("MLFLOW_TRACKING_URI"):
+            tracking.open_experiment(self.study)  # a store that the user names has to be there
+        self.mirror.open()
         self.stop.check()
-        if (old := tracking.relocate()) is not None:
-            self.live.say(f"the folder has moved: MLflow's artifacts were at {old}, their addresses were replaced")
-        tracking.open_experiment(self.study)
-        tracking.sweep_dead_runs(self.study)
-        self.stop.check()
-        self._log_left_over()
         if self.status.get("state") not in _UNFINISHED:
             self._keep_previous()
         self._save_status(state="running", stage="", progress="", to_redo=to_redo)
         importlib.import_module("papermill")
         self.prepared = True
         self.live.clear()
-
-    def _log_left_over(self) -> None:
-        """Log what the tracker did not take when these stages were done."""
-        for stage in self.sources.stages:
-            folder, _ = folders(self.study, stage.name)
-            record = self.records.get(stage.name) or records.read_record(folder)
-            if record is not None and "runs" in record and (folder / SPOOL).exists():
-                record["runs"] = self._log_files(record["runs"]["notebook"], stage)
-                save_json(record, folder / records.RECORD)
 
     def _keep_previous(self) -> None:
         """Set aside what the verdict will compare with: the last whole run here, else the published one."""
@@ -486,6 +476,7 @@ class Driver:
         key, forced = records.key_of(inputs), stage.name in to_redo
         parameters = self.params[stage.name].model_dump(mode="json")
         fan_out = self.fan_out.for_stage(parameters) if self.fan_out else None
+        self.mirror.catch_up(self.records)  # an evaluation is logged on the runs of what it evaluates
         self.live.say(f"{place} {stage.name} ({reason})")
         goes_on = fan_out is not None and fan_out.executor == "slurm" and not forced
         at_work = settle(self.study, stage.name, key if goes_on else "", self.live.say)
@@ -497,16 +488,12 @@ class Driver:
         self._save_status(
             state="running", stage=stage.name, progress="", stage_started=started, to_redo=to_redo, kernel=None
         )
-        tracking = _tracking()
-        source = source_state(REPOSITORY)
-        experiment_id = tracking.open_experiment(self.study)
-        tags = {"lock": inputs["lock"]} | ({"threads": parameters["threads"]} if "threads" in parameters else {})
-        run_id = tracking.create_run(self.study, stage.name, tags=tags, params=parameters)
-        spool = folder / SPOOL
+        made = {"source": source_state(REPOSITORY), "versions": versions(), "hardware": hardware()}
+        run_id = self.mirror.begin(stage.name, made | {"inputs": inputs})
         environment = kernel_environment(parameters.get("threads"))
         if fan_out and fan_out.executor == "local" and not fan_out.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # what jobs do not see would make another result in the notebook
-        of_notebook = environment | tracking.environment(experiment_id, run_id, spool)
+        of_notebook = environment | tracking.environment(run_id, folder / SPOOL)
         how = {}
         try:
             if fan_out:
@@ -525,14 +512,14 @@ class Driver:
             outputs = records.outputs_of(stage, folder)
         except BaseException as error:
             self.spent[stage.name] = self.spent.get(stage.name, 0.0) + time.time() - started
-            with contextlib.suppress(Exception):
-                tracking.ingest(spool, tracking.StageRun(self.study, stage.name, run_id))
-            with contextlib.suppress(Exception):
-                tracking.finish_run(run_id, "KILLED" if isinstance(error, Stopped) else "FAILED")
+            if not self.mirror.away:
+                with contextlib.suppress(Exception):
+                    tracking.ingest(folder / SPOOL, tracking.StageRun(self.study, stage.name, run_id))
+                with contextlib.suppress(Exception):
+                    tracking.finish_run(run_id, "KILLED" if isinstance(error, Stopped) else "FAILED")
             raise
         seconds = time.time() - started + self.spent.pop(stage.name, 0.0)
         self.past[stage.name] = seconds
-        runs = self._log_files(run_id, stage)
         if stage == self.sources.stages[0] and "images" not in inputs and (images := self.sources.images(self.params)):
             inputs["images"] = images  # the stage itself has downloaded them
         record = {
@@ -540,16 +527,15 @@ class Driver:
             "key": records.key_of(inputs),
             "inputs": inputs,
             "outputs": outputs,
-            "runs": runs,
-            "source": source,
-            "versions": versions(),
-            "hardware": hardware(),
+            "runs": {"notebook": run_id, "models": {}, "trained_at": records.trained_at(folder), "logged": False},
+            **made,
             "threads": parameters.get("threads"),
             "peak_memory_gb": peak_gb,
             "started": stamp(started),
             "ended": stamp(time.time()),
             "seconds": round(seconds, 1),
         } | how
+        self.mirror.publish(stage.name, record)
         save_json(record, folder / records.RECORD)  # last: from here on the stage is done
         self._save_status(stage=stage.name, progress="", kernel=None)
         self.live.say(f"{place} {stage.name}: done in {duration(time.time() - started)}")
@@ -588,7 +574,7 @@ class Driver:
         Returns seconds and memory of each. Raises StageFailed or Stopped.
         """
         parameters = fleet.options.of_job(self.params[stage.name].model_dump(mode="json"))
-        tracking, works = _tracking(), []
+        works = []
         for job in self.sources.jobs(stage.name, parameters):
             own = job_folder(self.study, job)
             work = partial(self.sources.run_job, job, parameters, own, own / SPOOL)
@@ -596,10 +582,9 @@ class Driver:
         folder, _ = folders(self.study, stage.name)
 
         def log(work: Work) -> None:
-            try:
-                tracking.ingest(work.folder / SPOOL, tracking.StageRun(self.study, stage.name, run_id))
-            except tracking.TrackingError as error:  # the notebook logs the same again
-                self.live.say(f"warning: {error}")
+            run = tracking.StageRun(self.study, stage.name, run_id)
+            self.mirror.tried(tracking.ingest, work.folder / SPOOL, run)
+            (work.folder / SPOOL).unlink(missing_ok=True)  # the notebook logs the same again
 
         def show(heartbeat: dict[str, Any], lines: list[str]) -> None:
             write_progress(folder, heartbeat)
@@ -682,25 +667,6 @@ class Driver:
                 file=sys.stderr,
             )
 
-    def _log_files(self, run_id: str, stage: Stage) -> dict[str, Any]:
-        """Close the run, with the stage's files. Returns its and its models' ids.
-
-        A failing tracker costs no result: it is a warning, and the next run that opens it logs what is left.
-        """
-        tracking = _tracking()
-        folder, _ = folders(self.study, stage.name)
-        try:
-            tracking.ingest(folder / SPOOL, tracking.StageRun(self.study, stage.name, run_id))
-            tracking.log_stage_files(run_id, folder)
-            tracking.retire_other_models(self.study, stage.name, run_id)
-            table = tracking.run_table(self.study, stage.name)
-            tracking.finish_run(run_id, "FINISHED")
-        except tracking.TrackingError as error:
-            self.live.say(f"warning: {error}")
-            table = None
-        models = {} if table is None else {f"{row.arm}-s{row.seed}": row.run_id for row in table.itertuples()}
-        return {"notebook": run_id, "models": models, "trained_at": records.trained_at(folder)}
-
     def _restore_notebook(self, stage: Stage) -> None:
         folder, reports = folders(self.study, stage.name)
         copy = reports / "notebooks" / f"{stage.name}.ipynb"
@@ -710,6 +676,12 @@ class Driver:
     # After the last stage
 
     def _nothing_to_do(self) -> None:
+        if lacking(self.records):
+            self.live.draw("starting: MLflow is imported")
+            self.mirror.open()
+            if self.mirror.catch_up(self.records):
+                self._write_report()  # it names the runs
+            self.mirror.close(self.records)
         if changed := _changed_report(self.study):
             self._write_report()
             what = f"{changed[0]} was" if len(changed) == 1 else f"{len(changed)} of its files were"
@@ -726,16 +698,15 @@ class Driver:
 
     def _finish(self, seconds: float) -> None:
         verdict = self._verdict()
+        self.mirror.open()  # it may be back
+        self.mirror.catch_up(self.records)
         self._write_report()
-        reports = home() / "reports" / self.study
         save_json(as_json(verdict) | {"ended": stamp(time.time())}, run_folder(self.study) / "verdict.json")
         self._save_status(state="finished", stage="", progress="", to_redo=[], kernel=None, message="")
         self.live.say(f"study {self.study}: done in {duration(seconds)}")
-        tracking = _tracking()
-        with contextlib.suppress(tracking.TrackingError):
-            last = self.records[self.sources.stages[-1].name]["runs"]["notebook"]
-            tracking.log_files(last, [path for path in [reports / "report.html"] if path.exists()], "report")
-            self.live.say(f"compare the runs (after 'make ui'): {tracking.compare_link(self.study)}")
+        self.mirror.close(self.records)
+        if link := self.mirror.tried(tracking.compare_link, self.study):
+            self.live.say(f"compare the runs (after 'make ui'): {link}")
         self.live.say(f"verdict: {verdict.text}")
         self.live.say(f"report: {self._report()}")
 
@@ -868,11 +839,6 @@ def _end_with_parent() -> None:
 # --- Words
 
 
-def _tracking() -> Any:
-    """`tracking`, imported when something runs."""
-    return importlib.import_module("pursuhint_lib.tracking")
-
-
 def one_line(error: BaseException) -> str:
     """An error in one line; a full disk says what to do."""
     cause: BaseException | None = error
@@ -884,12 +850,9 @@ def one_line(error: BaseException) -> str:
                 "make room, the same command goes on"
             )
         cause = cause.__cause__
-    expected = (
-        isinstance(error, (ParameterError, StageFailed, StudyBusy, FileNotFoundError, ValueError))
-        or type(error).__name__ == "TrackingError"
-    )
-    text = first_line(error)
-    return text if expected and text else f"{type(error).__name__}: {text} (PURSUHINT_DEBUG=1 shows where)"
+    expected = (ParameterError, StageFailed, StudyBusy, FileNotFoundError, ValueError, tracking.TrackingError)
+    text, known = first_line(error), isinstance(error, expected)
+    return text if known and text else f"{type(error).__name__}: {text} (PURSUHINT_DEBUG=1 shows where)"
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ Who owns a run. A notebook that logs into its own run leaves it FINISHED after a
 kill, so `pipeline` creates the run of a notebook, hands it down (``MLFLOW_RUN_ID``) and closes it. In JupyterLab
 there is no driver: then `stage_run` creates the run and closes it.
 
-When it is written. Under a driver a notebook only spools, and the driver logs the spool when the notebook has ended.
-In JupyterLab the same calls log at once. A tracker that fails must not cost a training: what notebooks call warns in
-one line and goes on.
+When it is written. Under a driver a notebook only spools, and the driver logs the spool when the notebook has ended,
+and again where a store does not have it. In JupyterLab the same calls log at once. A tracker that fails must not cost a
+training: what notebooks call warns in one line and goes on.
 
 The parts: `tracking_store` opens the store, `tracking_runs` makes and lists runs, `tracking_notebook` is what a
 notebook logs, `tracking_models` keeps networks and data sets for it, `tracking_spool` is how all this waits for the
@@ -30,6 +30,7 @@ from pursuhint_lib.tracking_runs import (
     compare_link,
     create_run,
     finish_run,
+    has_run,
     log_files,
     log_stage_files,
     open_experiment,
@@ -51,6 +52,7 @@ __all__ = [
     "create_run",
     "environment",
     "finish_run",
+    "has_run",
     "ingest",
     "log_files",
     "log_stage_files",
@@ -77,8 +79,8 @@ def stage_run(study: str, stage: str, params: Mapping[str, Any]) -> Iterator[Sta
     and is FINISHED after each block that ends well, FAILED after one that raises; the stage's files become its
     artifacts.
     """
-    joined, spool = os.environ.get("MLFLOW_RUN_ID"), os.environ.get(SPOOL)
-    if joined and spool:
+    joined, spool = os.environ.get("MLFLOW_RUN_ID", ""), os.environ.get(SPOOL)
+    if spool:
         yield SpooledRun(study, stage, joined, Path(spool))
         return
     if joined:

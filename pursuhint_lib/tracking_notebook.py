@@ -26,7 +26,15 @@ from pursuhint_lib.storage import home
 from pursuhint_lib.tracking_models import NotExported, link_inputs, log_datasets, log_network
 from pursuhint_lib.tracking_page import run_link
 from pursuhint_lib.tracking_runs import open_experiment, stage_tags
-from pursuhint_lib.tracking_store import goes_on, log_params, log_points, one_line_errors, open_client, search_runs
+from pursuhint_lib.tracking_store import (
+    goes_on,
+    log_new_points,
+    log_params,
+    log_points,
+    one_line_errors,
+    open_client,
+    search_runs,
+)
 
 _METRICS = {"val_accuracy": "val/acc1", "val_loss": "val/loss", "learning_rate": "train/lr"}  # others: train/<column>
 # Columns of results.csv; MLflow's tiles show some ten letters behind the slash.
@@ -43,13 +51,17 @@ _NOT_METRICS = ("arm", "seed", "epoch", "seconds", "finished", "status")
 
 @dataclass(frozen=True)
 class StageRun:
-    """The run of a notebook. When the tracker fails its methods warn and go on, or raise TrackingError if `strict`."""
+    """The run of a notebook. When the tracker fails its methods warn and go on, or raise TrackingError if `strict`.
+
+    Each may be called again with the same, and logs nothing twice. made: as of `stage_tags`, for the trained models.
+    """
 
     study: str
     stage: str
     run_id: str
     strict: bool = False
     datasets: list[tuple[str, str, str]] = field(default_factory=list, repr=False)  # its models were made with
+    made: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def _logging(self, what: str) -> contextlib.AbstractContextManager[None]:
         return one_line_errors(f"{what} was not logged") if self.strict else goes_on(what)
@@ -113,12 +125,13 @@ class StageRun:
             log_datasets(run_id, self.datasets)
             return run_id
         start, end = _span(history)
+        tags = {name: str(value) for name, value in tags.items()}
         own = {"arm": arm, "seed": str(seed), "key": identity, "current": "yes", "mlflow.parentRunId": self.run_id}
         run = client.create_run(
             experiment_id,
             start_time=start,
             run_name=f"{self.stage[:2]} {arm} s{seed}",
-            tags=stage_tags(self.study, self.stage) | {name: str(value) for name, value in tags.items()} | own,
+            tags=stage_tags(self.study, self.stage, self.made) | tags | own,
         )
         run_id = run.info.run_id
         log_params(run_id, facets)
@@ -128,11 +141,10 @@ class StageRun:
         client.set_terminated(run_id, "FAILED" if failed else "FINISHED", end_time=end)
         return run_id
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log numbers of the notebook itself, in one call."""
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Log numbers of the notebook itself, in one call; not those that its run has already."""
         with self._logging("metrics"):
-            now = time.time()
-            log_points(self.run_id, [(name, float(value), now, step) for name, value in metrics.items()])
+            log_new_points(open_client().get_run(self.run_id), metrics)
 
     def log_dataset(self, name: str, digest: str, context: str) -> None:
         """Say which images were used, and as what: "train", "validation" or "test".
@@ -181,7 +193,7 @@ class StageRun:
             self._log_evaluation(results)
 
     def _log_evaluation(self, results: pd.DataFrame) -> None:
-        client, experiment_id, now = open_client(), open_experiment(self.study), time.time()
+        client, experiment_id = open_client(), open_experiment(self.study)
         runs, without, parents, models = self._current_runs(""), [], {}, []
         for row in results.to_dict("records"):
             if isinstance(row.get("same_as"), str) and row["same_as"]:
@@ -191,12 +203,7 @@ class StageRun:
                 without.append(f"{row['arm']} seed {row['seed']}")
                 continue
             values = {name: row[column] for column, name in _TEST_METRICS.items() if pd.notna(row.get(column))}
-            points = [
-                (name, float(value), now, 0)
-                for name, value in values.items()
-                if run.data.metrics.get(name) != float(value)
-            ]
-            log_points(run.info.run_id, points, {"evaluated_in": self.run_id})
+            log_new_points(run, values, {"evaluated_in": self.run_id})
             parents[run.data.tags["mlflow.parentRunId"]] = run.data.tags["stage"]
             models += [output.model_id for output in run.outputs.model_outputs] if run.outputs else []
         link_inputs(self.run_id, models)

@@ -3,8 +3,10 @@
 import argparse
 import json
 import os
+import socket
 import sys
 import urllib.parse
+import warnings
 from typing import NamedTuple
 
 from pursuhint_lib.tracking_store import QUIET, TrackingError, artifact_root, open_client, relocate, tracking_uri
@@ -93,6 +95,17 @@ def chart_link(experiment_id: str, metric: str, stage: str, base: str = BASE) ->
     return f"{base}/#/experiments/{experiment_id}/runs?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote)}"
 
 
+def _refusal(port: int) -> str:
+    """Why nothing can be served at a port, "" if it can: MLflow's server would say so late, and end with status 0."""
+    if not 0 < port < 2**16:
+        return "should be from 1 to 65535"
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        return f"{os.strerror(error.errno)} (another one: make ui ARGS='--port 5001')"
+    return ""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """``python -m pursuhint_lib.tracking_page [--port 5000]``: MLflow's page on this machine, lean."""
     parser = argparse.ArgumentParser(
@@ -100,6 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--port", type=int, default=5000)
     port = parser.parse_args(arguments).port
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    if refusal := _refusal(port):
+        print(f"--port {port}: {refusal}", file=sys.stderr)
+        return 1
     try:
         relocate()
         open_client()

@@ -61,20 +61,30 @@ def create_run(
     name: str = "",
     tags: Mapping[str, Any] | None = None,
     params: Mapping[str, Any] | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> str:
-    """Create the run of a notebook, with source, versions, host and process. Returns its id. Raises TrackingError."""
+    """Create the run of a notebook, with source, versions, host and process. Returns its id. Raises TrackingError.
+
+    made: as of `stage_tags`.
+    """
     experiment_id = open_experiment(study)
     with one_line_errors(f"the run of {stage} cannot be created"):
         run = open_client().create_run(
             experiment_id,
             run_name=name or stage.replace("_", " "),
             # Not of networks: the driver, which logs them, has other threads than the notebook that trained them.
-            tags=stage_tags(study, stage)
+            tags=stage_tags(study, stage, made)
             | {"threads": os.environ.get("OMP_NUM_THREADS", str(hardware()["cores"]))}
             | {key: str(value) for key, value in (tags or {}).items()},
         )
         log_params(run.info.run_id, params or {})
         return run.info.run_id
+
+
+def has_run(study: str, run_id: str) -> bool:
+    """Whether the store has a study's run, and it was not deleted there. Raises TrackingError."""
+    with one_line_errors(f"run {run_id} cannot be looked for"):
+        return any(search_runs(open_client(), open_experiment(study), f"attributes.run_id = '{run_id}'"))
 
 
 def finish_run(run_id: str, status: str) -> None:
@@ -142,10 +152,14 @@ def compare_link(study: str, metric: str = HEADLINE, *, stage: str = DISTILLED, 
     return chart_link(open_experiment(study), metric, stage, base)
 
 
-def stage_tags(study: str, stage: str) -> dict[str, str]:
-    """Where a run comes from: notebook, commit, user, process, machine, versions."""
+def stage_tags(study: str, stage: str, made: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Where a run comes from: notebook, commit, user, process, machine, versions.
+
+    made: source, hardware and versions of a stage's record; those of now, if not given.
+    """
     # MlflowClient.create_run fills in no source, user or commit; a kernel's would be ipykernel_launcher.py.
-    source, machine, package = _source(), hardware(), versions()
+    made = made or {"source": _source(), "hardware": hardware(), "versions": versions()}
+    source, machine, package = made["source"], made["hardware"], made["versions"]
     return {
         "study": study,
         "stage": stage,

@@ -1,9 +1,8 @@
 """What a notebook logs under a driver: written to a file, the spool, which the driver logs when the notebook has ended.
 
-What `ingest` cannot log stays in the spool for the driver's next run.
+The spool stays in the stage's folder, from which a store that is new, or was away, is given the same runs.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,21 +13,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pursuhint_lib.storage import home, written_whole
+from pursuhint_lib.storage import home
 from pursuhint_lib.tracking_notebook import StageRun, rows_of
 from pursuhint_lib.tracking_store import QUIET, TrackingError, one_line_errors, tracking_uri
 
 SPOOL = "PURSUHINT_SPOOL"  # names the file that a notebook writes to when a driver will log for it
 
 
-def environment(experiment_id: str, run_id: str, spool: Path) -> dict[str, str]:
-    """Environment variables by which a notebook finds the store, its run `run_id`, and the spool that it writes to."""
-    return QUIET | {
-        "MLFLOW_TRACKING_URI": tracking_uri(),
-        "MLFLOW_EXPERIMENT_ID": experiment_id,
-        "MLFLOW_RUN_ID": run_id,
-        SPOOL: str(spool),
-    }
+def environment(run_id: str, spool: Path) -> dict[str, str]:
+    """Environment variables by which a notebook finds the store, its run `run_id` ("" where there is none), and the
+    spool that it writes to.
+    """
+    return QUIET | {"MLFLOW_TRACKING_URI": tracking_uri(), "MLFLOW_RUN_ID": run_id, SPOOL: str(spool)}
 
 
 class SpooledRun:
@@ -57,9 +53,9 @@ class SpooledRun:
         rows = rows_of(history, arm, int(seed)).to_dict(orient="list")
         self._write("log_trained_model", arm=arm, seed=int(seed), history=rows, params=params, key=key, tags=tags)
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """As `StageRun.log_metrics`, later."""
-        self._write("log_metrics", metrics={name: float(value) for name, value in metrics.items()}, step=step)
+        self._write("log_metrics", metrics={name: float(value) for name, value in metrics.items()})
 
     def log_dataset(self, name: str, digest: str, context: str) -> None:
         """As `StageRun.log_dataset`, later."""
@@ -89,36 +85,27 @@ class SpooledRun:
 
 
 def ingest(spool: Path, run: StageRun) -> None:
-    """Log what a notebook spooled, and remove the spool; torn lines of a killed notebook are left out.
+    """Log what a notebook spooled, as often as it is asked for; torn lines of a killed notebook are left out.
 
-    Raises TrackingError when something could not be logged: the spool then holds just that, for another try. The second
-    failure in a row ends a try, so that a store that is away is not waited for at every line. Models and data sets that
-    are logged again are found again; metrics of the notebook itself are logged a second time, which happens only when
-    the process is killed in here, or a call fails that was half done.
+    Raises TrackingError when something could not be logged: the next call logs it. The second failure in a row ends
+    this one, so that a store that is away is not waited for at every line.
     """
     if not spool.exists():
         return
     run = replace(run, strict=True)
     with one_line_errors(f"{spool} cannot be read"):
         lines = spool.read_text(encoding="utf-8", errors="replace").splitlines()
-    left: list[str] = []
     error, in_a_row = None, 0
-    for number, line in enumerate(lines):
+    for line in lines:
         try:
             _log_line(line, run)
             in_a_row = 0
         except TrackingError as failure:
-            left.append(line)
             error, in_a_row = failure, in_a_row + 1
             if in_a_row == 2:
-                left += lines[number + 1 :]
                 break
     if error is not None:
-        with contextlib.suppress(OSError), written_whole(spool) as temporary:  # else the older spool stays, whole
-            temporary.write_text("".join(line + "\n" for line in left), encoding="utf-8")
-        raise TrackingError(f"{error}; what is not logged is kept in {spool}") from error
-    with one_line_errors(f"{spool} cannot be removed"):
-        spool.unlink()
+        raise error
 
 
 def _log_line(line: str, run: StageRun) -> None:

@@ -1,8 +1,9 @@
 """MLflow's store: where it lies, how it is opened and written to in batches, and what happens when that fails.
 
 The store is a SQLite file in the repository (or `PURSUHINT_HOME`) with an explicit artifact folder beside it;
-``MLFLOW_TRACKING_URI`` overrides. Nothing is sent anywhere: telemetry is off before mlflow is imported. That takes
-seconds, so it happens inside functions, when something is logged.
+``MLFLOW_TRACKING_URI`` overrides. It only mirrors what studies keep in their folders: a damaged one is set aside and
+made anew. Nothing is sent anywhere: telemetry is off before mlflow is imported. That takes seconds, so it happens
+inside functions, when something is logged.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import sqlite3
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +31,7 @@ QUIET = {
 }
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # a dead server is told soon
 _BATCH = 1000  # metrics in one call, MLflow's limit
+_LOCKED_S = 20  # how long a locked store is waited for; MLflow's own time
 
 
 class TrackingError(RuntimeError):
@@ -57,6 +60,9 @@ def artifact_root() -> str:
 def open_client() -> Any:
     """An MlflowClient. Raises TrackingError when the store cannot be opened."""
     uri = tracking_uri()
+    place = uri.removeprefix("sqlite:///").removeprefix("file://").removeprefix("file:")
+    if uri != default_uri() and "://" not in place and not Path(place).parent.is_dir():  # MLflow would make it
+        raise TrackingError(f"MLFLOW_TRACKING_URI = {uri!r}: there is no folder {Path(place).parent}")
     with one_line_errors(f"the run tracker {uri} cannot be opened"):
         return _opened(uri)
 
@@ -73,42 +79,92 @@ def _opened(uri: str) -> Any:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
     if uri == default_uri():
-        _create_store(uri)
+        _create_store()
     return MlflowClient(tracking_uri=uri)
 
 
-def _create_store(uri: str) -> None:
-    """Create the schema, one process at a time: two at once break each other. WAL lets readers and writers meet."""
+def _create_store() -> None:
+    """Make the embedded store where none is that can be used. One process at a time: two at once break each other."""
     path = _database()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name("mlflow.db.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if _has_schema(path):
+        if not (damage := _damage(path)):
             return
-        from mlflow import MlflowClient
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
-        with contextlib.closing(sqlite3.connect(path)) as database:
-            database.execute("PRAGMA journal_mode=WAL")
+        for old in path.parent.glob("mlflow.db-new-*"):  # of processes that were killed
+            old.unlink()
+        # A name of its own: MLflow keeps what it has opened, for as long as the process lives.
+        new, aside = Path(f"{path}-new-{time.time_ns()}"), Path(f"{path}-damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        SqlAlchemyStore(f"sqlite:///{new}", artifact_root()).engine.dispose()
+        with contextlib.closing(sqlite3.connect(new)) as database:
+            database.execute("PRAGMA journal_mode=WAL")  # lets readers and writers meet
+        for suffix in ("", "-wal", "-shm"):  # SQLite would play an old journal into a new file
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(f"{path}{suffix}", f"{aside}{suffix}")
+        os.replace(new, path)
+    if aside.exists():
+        warnings.warn(f"{path} cannot be used ({damage}): moved to {aside.name}, a new one was made", stacklevel=4)
 
 
-def _has_schema(path: Path) -> bool:
-    if not path.exists():
-        return False
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        return bool(database.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone())
+def _damage(path: Path) -> str:
+    """Why the embedded store has to be made anew, "" if it is whole. Raises TrackingError when it is locked, and
+    sqlite3.OperationalError when the system does not let it be read.
+    """
+    if not path.is_file():
+        return "it is no file"
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=_LOCKED_S)) as database:
+            if (found := database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                return found.splitlines()[0]
+            whole = database.execute("SELECT 1 FROM experiments").fetchone()  # MLflow makes its first one last
+            return "" if whole else "it was left half made"
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+            raise TrackingError(f"{path} is locked by another process, for {_LOCKED_S} s now") from None
+        if _means_damage(error):
+            return str(error)
+        raise
+
+
+def _means_damage(error: sqlite3.Error) -> bool:
+    """Whether the file is to blame, not the system or another process. SQLITE_ERROR: a table is not there."""
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+
+
+def missing_runs(run_ids: Iterable[str]) -> set[str]:
+    """Those that the embedded store does not have, or not as FINISHED; all, when it is gone or damaged.
+
+    Imports no MLflow. Another store is not asked, and one that cannot be read now counts as whole.
+    """
+    path, wanted = _database(), set(run_ids)
+    if tracking_uri() != default_uri():
+        return set()
+    if not path.is_file():
+        return wanted
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=1)) as database:
+            return wanted.difference(*database.execute("SELECT run_uuid FROM runs WHERE status = 'FINISHED'"))
+    except sqlite3.DatabaseError as error:
+        return wanted if _means_damage(error) else set()
 
 
 def relocate() -> str | None:
     """Point a store that was moved with its folder at its artifacts again. Returns the old root when it changed one.
 
     MLflow keeps absolute addresses and shows an empty artifact list, without an error, when the folder has moved.
+    Raises TrackingError.
     """
-    path = _database()
-    if tracking_uri() != default_uri() or not path.exists() or not _has_schema(path):
+    if tracking_uri() != default_uri():
         return None
+    open_client()
     new = artifact_root()
-    with contextlib.closing(sqlite3.connect(path, timeout=20)) as database, database:
+    with (
+        one_line_errors(f"the addresses of MLflow's artifacts in {_database()} cannot be read"),
+        contextlib.closing(sqlite3.connect(_database(), timeout=_LOCKED_S)) as database,
+        database,
+    ):
         row = database.execute(
             "SELECT artifact_location FROM experiments "
             "WHERE name LIKE 'pursuhint-%' AND artifact_location NOT LIKE ? || '/%'",
@@ -170,6 +226,13 @@ def log_points(run_id: str, points: list[tuple[str, float, float, int]], tags: M
     marks = [RunTag(name, value) for name, value in (tags or {}).items()]
     for start in range(0, max(len(metrics), 1 if marks else 0), _BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + _BATCH], tags=() if start else marks)
+
+
+def log_new_points(run: Any, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None) -> None:
+    """Log numbers, as of now, that the run has not with this very value, and tags beside them."""
+    there, now = run.data.metrics, time.time()
+    points = [(name, float(value), now, 0) for name, value in metrics.items()]
+    log_points(run.info.run_id, [point for point in points if there.get(_metric_name(point[0])) != point[1]], tags)
 
 
 def _metric_name(name: str) -> str:

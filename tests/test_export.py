@@ -286,6 +286,14 @@ def test_the_numbers_of_the_card_are_those_of_the_tables(made):
     assert "Test images had no say" in card
 
 
+def test_the_name_of_a_class_is_text_on_the_card_whatever_it_is_made_of(study):
+    path = study / "01_train_teacher" / "images.json"
+    facts = read_json(path)
+    save_json(facts | {"classes": ["<img src=x onerror=alert(1)>", *facts["classes"][1:]]}, path)
+    card = (export_student("toy", "unaided", 0) / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "of the logits: &lt;img src=x onerror=alert(1)&gt;, 1, 2" in card and "<img" not in card
+
+
 def test_a_card_says_nothing_of_what_a_student_has_not(study, capsys):
     path = study / "05_evaluate" / "results.csv"
     table = pd.read_csv(path).drop(columns=["ece", "ece_scaled", "temperature"])

@@ -9,8 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from html import escape
+from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -54,6 +57,22 @@ def test_logic_lives_in_the_library(stage):
         assert not re.search(r"^[!%]|sys\.path|filterwarnings|import \*", cell.source, re.MULTILINE)
     lengths = sorted(len(cell.source.splitlines()) for cell in code(stage)[3:])
     assert lengths[len(lengths) // 2] <= 13 and lengths[-1] <= 30
+
+
+@pytest.mark.parametrize(
+    ("stage", "variables"),
+    [
+        ("02_profile_layers", {"neighbors": pd.Series({"<b>stem and <img src=x>": 0.9, "a": 0.5}), "place": "early"}),
+        ("03_cluster_layers", {"ours": ["<b>stem", "<img src=x>"], "beside": "", "firm": "", "moved": ""}),
+    ],
+)
+def test_the_name_of_a_layer_is_text_in_the_answer_whatever_it_is_made_of(stage, variables):
+    shown = []
+    given = {"main": "r2_cca", "means": ["0.7"], "agree": "", "few": "", "profile": SimpleNamespace(n_images=10)}
+    given |= {"params": SimpleNamespace(n_hints=2, teacher="net"), "fits": {"r2_cca": SimpleNamespace(n_breaks_=0)}}
+    given |= {"np": np, "escape": escape, "Markdown": str, "display": shown.append}
+    exec(code(stage)[-1].source, given | variables)
+    assert "&lt;b&gt;stem" in shown[0] and "&lt;img src=x&gt;" in shown[0] and "<" not in shown[0]
 
 
 @each_notebook

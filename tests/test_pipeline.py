@@ -1,9 +1,11 @@
 """The driver, on a toy study of two notebooks: skipping, forcing, failing, dying, and telling the truth about it."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from pursuhint_lib import execution, records, tracking, tracking_notebook, tracking_store
 from pursuhint_lib.live import study_seconds_left
 from pursuhint_lib.params import PARAMS_FOLDER, ParameterError, load_params
-from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, main
+from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, is_finished, main
 from pursuhint_lib.progress import Progress, duration
 from pursuhint_lib.storage import REPOSITORY, home
 from pursuhint_lib.verdict import compare_results, judge
@@ -456,40 +458,111 @@ def test_a_forced_run_that_was_stopped_is_taken_up_by_the_plain_command(toy, cap
     assert toy.status()["to_redo"] == []
 
 
-def test_a_tracker_that_fails_during_the_study_is_told_as_a_failure(toy, capsys, monkeypatch):
-    def refuse(*arguments, **options):
-        raise tracking.TrackingError("the run of 01_make cannot be created: no room")
-
-    monkeypatch.setattr(tracking, "create_run", refuse)
-    assert toy.run() == 1
-    assert capsys.readouterr().err == "the run of 01_make cannot be created: no room\n"
-    assert toy.status()["state"] == "failed"
+# --- MLflow, which only mirrors
 
 
-def test_what_the_tracker_did_not_take_is_one_warning_and_is_logged_by_the_next_run(toy, capsys, monkeypatch):
+@pytest.fixture
+def logging_toy(toy):
+    """The toy study, whose first notebook logs a number."""
     line = json.dumps({"call": "log_metrics", "arguments": {"metrics": {"breaks": 3.0}}})
     write_notebook(
         toy.root / "notebooks/01_make.ipynb",
         [*MAKE, f"open(os.environ['{tracking.SPOOL}'], 'w').write({line!r} + '\\n')"],
     )
-    honest = tracking_notebook.log_points
+    return toy
+
+
+def logged(toy):
+    """Statuses of the runs of both notebooks, and the number that the first of them logged."""
+    run = tracking_store.open_client().get_run(records.read_record(toy.make)["runs"]["notebook"])
+    return toy.mlflow(), toy.mlflow("02_judge"), run.data.metrics
+
+
+def test_a_tracker_that_takes_no_runs_costs_no_result_and_is_given_them_by_the_same_command(
+    logging_toy, capsys, monkeypatch
+):
+    def refuse(*arguments, **options):
+        raise tracking.TrackingError("the run of 01_make cannot be created: no room")
+
+    honest = tracking.create_run
+    monkeypatch.setattr(tracking, "create_run", refuse)
+    assert logging_toy.run() == 0
+    captured = capsys.readouterr()
+    told = "warning: the run of 01_make cannot be created: no room; going on without MLflow"
+    assert told in captured.out.splitlines() and not captured.err and "compare the runs" not in captured.out
+    lacks = "MLflow lacks the runs of 01_make, 02_judge: 'make reproduce STUDY=toy' logs them from the files"
+    assert lacks in captured.out.splitlines() and logging_toy.status()["state"] == "finished"
+    assert not is_finished("toy", toy_sources(logging_toy.root))
+
+    monkeypatch.setattr(tracking, "create_run", honest)
+    assert logging_toy.run() == 0
+    out = capsys.readouterr().out
+    assert "nothing to do" in out and "01_make: MLflow did not have its runs; they were logged from its files" in out
+    assert logged(logging_toy) == (["FINISHED"], ["FINISHED"], {"breaks": 3.0})
+    assert is_finished("toy", toy_sources(logging_toy.root))
+
+
+def test_what_the_tracker_did_not_take_is_one_warning_and_is_logged_by_the_next_run(logging_toy, capsys, monkeypatch):
+    honest = tracking_notebook.log_new_points
 
     def refuse(*arguments):
         raise OSError("no room\nsecond line")
 
-    monkeypatch.setattr(tracking_notebook, "log_points", refuse)
-    assert toy.run() == 0
-    warnings = [text for text in capsys.readouterr().out.splitlines() if "no room" in text]
-    assert warnings == [f"warning: metrics was not logged: no room; what is not logged is kept in {toy.make / SPOOL}"]
-    run_id = records.read_record(toy.make)["runs"]["notebook"]
+    monkeypatch.setattr(tracking_notebook, "log_new_points", refuse)
+    assert logging_toy.run() == 0
+    told = [text for text in capsys.readouterr().out.splitlines() if "no room" in text]
+    assert set(told) == {"warning: metrics was not logged: no room; going on without MLflow"}
 
-    monkeypatch.setattr(tracking_notebook, "log_points", honest)
-    (toy.judge / "results.csv").unlink()
-    assert toy.run() == 0
-    assert "warning" not in capsys.readouterr().out and not (toy.make / SPOOL).exists()
-    run = tracking_store.open_client().get_run(run_id)
-    assert (run.info.status, run.data.metrics) == ("FINISHED", {"breaks": 3.0})
-    assert toy.mlflow() == ["FINISHED"]  # the notebook itself was not run again
+    monkeypatch.setattr(tracking_notebook, "log_new_points", honest)
+    (logging_toy.judge / "results.csv").unlink()
+    assert logging_toy.run() == 0
+    assert "warning" not in capsys.readouterr().out
+    assert logged(logging_toy) == (["FINISHED"], ["FINISHED"], {"breaks": 3.0})  # 01 itself was not run again
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"), [(Path.unlink, ""), (lambda path: path.write_bytes(b"x" * 5000), "(file is not a database)")]
+)
+def test_a_store_that_is_gone_or_damaged_is_made_anew_with_the_runs_of_a_study_that_is_done(logging_toy, harm, told):
+    assert logging_toy.run() == 0
+    record = records.read_record(logging_toy.make)
+    record["source"]["commit"] = "of then"
+    (logging_toy.make / "record.json").write_text(json.dumps(record))
+    harm(logging_toy.root / "mlflow.db")
+    driver = logging_toy.start()
+    out, error = driver.communicate()
+    assert driver.returncode == 0 and not error
+    assert "nothing to do" in out and told in out and ("warning" in out) == bool(told)
+    run_ids = [records.read_record(folder)["runs"]["notebook"] for folder in (logging_toy.make, logging_toy.judge)]
+    assert run_ids[0] != record["runs"]["notebook"]
+    assert run_ids[0] in (logging_toy.root / "reports/toy/records.json").read_text()
+    commit = "(SELECT value FROM tags WHERE tags.run_uuid = runs.run_uuid AND key = 'mlflow.source.git.commit')"
+    query = f"SELECT run_uuid, status, metrics.value, {commit} FROM runs LEFT JOIN metrics USING (run_uuid)"
+    with contextlib.closing(sqlite3.connect(logging_toy.root / "mlflow.db")) as store:  # MLflow keeps the old one open
+        runs = {run_id: rest for run_id, *rest in store.execute(query)}
+    commit = records.read_record(logging_toy.judge)["source"]["commit"]
+    assert [runs[run_id] for run_id in run_ids] == [["FINISHED", 3.0, "of then"], ["FINISHED", None, commit]]
+    assert len(runs) == 2
+
+
+def test_a_study_is_done_without_a_store_that_another_process_has_locked(toy, capsys, monkeypatch):
+    monkeypatch.setattr(tracking_store, "_LOCKED_S", 0.1)
+    tracking_store._opened.cache_clear()
+    with contextlib.closing(sqlite3.connect(toy.root / "mlflow.db")) as other:
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("CREATE TABLE mine (x)")
+        assert toy.run() == 0
+    out = capsys.readouterr().out
+    assert "mlflow.db is locked by another process, for 0.1 s now; going on without MLflow" in out
+    assert "MLflow lacks the runs of 01_make, 02_judge" in out
+
+
+def test_a_store_that_was_named_and_is_not_there_is_refused_before_anything_runs(toy, capsys, monkeypatch):
+    uri = f"sqlite:///{toy.root}/nowhere/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert toy.run() == 1
+    error = f"MLFLOW_TRACKING_URI = {uri!r}: there is no folder {toy.root}/nowhere\n"
+    assert capsys.readouterr().err == error and not (toy.root / "nowhere").exists() and not toy.make.exists()
 
 
 def test_a_stage_that_goes_on_forgets_the_spool_of_a_killed_notebook_and_keeps_its_pieces(toy):
