@@ -569,7 +569,8 @@ class Driver:
             shutil.rmtree(folder)
             folder.mkdir()
             return
-        for name in ("progress.json", records.FAILED, records.RUNNING, SPOOL):  # the notebook spools everything again
+        of_last_try = ("progress.json", records.FAILED, records.TRACE, records.RUNNING, SPOOL)
+        for name in of_last_try:  # the notebook spools everything again
             (folder / name).unlink(missing_ok=True)
         for unfinished in folder.rglob(".*.partial*") if not at_work else ():  # of a killed writer
             unfinished.unlink(missing_ok=True)

@@ -31,7 +31,9 @@ RECORD = "record.json"
 EXECUTED = "executed.ipynb"
 FAILED = "failed.ipynb"
 RUNNING = "running.ipynb"
-_NOT_OUTPUTS = (RECORD, "progress.json", FAILED, RUNNING)  # and whatever has a part that starts with a dot
+SAID = ".said.txt"  # what a notebook's process says past it: libraries' own lines, and where in Python it crashed
+TRACE = "failed.txt"  # that of a notebook that stopped
+_NOT_OUTPUTS = (RECORD, "progress.json", FAILED, TRACE, RUNNING)  # and whatever has a part that starts with a dot
 # Files that differ between equal runs (times, dates). They are outputs, but nothing that follows may depend on them.
 _VOLATILE = ("timings.csv", "speed.csv", "histories/*.csv", EXECUTED, "*.pdf")
 

@@ -167,15 +167,16 @@ def test_jobs_that_die_are_tried_once_more_the_others_run_to_their_end_and_nothi
 ):
     root = paths
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,GPU-5")
-    faults = {"first": "", "dies": "killed", "second": "", "dies_once": "killed once", "wrong": "wrong"}
+    faults = {"first": "", "dies": "killed", "second": "", "dies_once": "crashed once", "wrong": "wrong"}
     told, said, ended = run_all(root, faults, gpus="two")
-    assert told.startswith("2 of 5 jobs failed (dies, wrong): job dies: it died (peak memory ")
+    assert told.startswith("2 of 5 jobs failed (dies, wrong): job dies: it died: SIGKILL, killed from outside; ")
     assert told.endswith("; what the others made is kept, the same command goes on")
     assert "\n" not in told and sorted(ended) == ["dies_once", "first", "second"]
     assert [tries(root, name) for name in faults] == [1, 2, 1, 2, 1]
     said = "\n".join(said)
     assert "job wrong: ValueError: learning_rate = -1: should be more than 0; given up (log: " in said
-    assert said.count("job dies: it died") == 2 and said.count("job dies_once: it died") == 1
+    assert said.count("job dies: it died: SIGKILL, killed from outside; peak memory ") == 2
+    assert said.count("job dies_once: it died: SIGSEGV, a crash in native code, not a kill for lack of memory; ") == 1
     for line in said.splitlines():
         assert Path(line.rpartition("log: ")[2].rstrip(")")).exists(), line
     for name in ("first", "second", "dies_once"):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from pursuhint_lib import execution, records, tracking, tracking_notebook, tracking_store
+from pursuhint_lib import deaths, execution, records, tracking, tracking_notebook, tracking_store
 from pursuhint_lib.live import study_seconds_left
 from pursuhint_lib.params import PARAMS_FOLDER, ParameterError, load_params
 from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, main
@@ -63,7 +63,10 @@ folder = Path(os.environ["PURSUHINT_HOME"], "runs", study, "01_make")
 print("working in", os.environ["PURSUHINT_HOME"] + "/runs")""",
     """if fault == "raise": raise ValueError(f"damaged checkpoint {study}: delete it\\nsecond line")
 if fault == "exit": sys.exit(0)
-if fault == "die": os.kill(os.getpid(), 9)
+if fault.startswith("SIG"):
+    os.write(2, b"free(): invalid pointer\\n")
+    import signal
+    os.kill(os.getpid(), signal.Signals[fault])
 if fault == "full": raise OSError(28, "No space left on device")
 if fault == "forget": raise SystemExit""",
     """progress = Progress(folder, 4, "part")
@@ -360,7 +363,7 @@ def test_the_study_file_is_checked_without_running(toy, capsys):
             "01_make stopped in cell [4]: ValueError: damaged checkpoint toy: delete it; notebook as it stopped: ",
         ),
         ("exit", "01_make ended early in cell [4]: SystemExit: 0; notebook as it stopped: "),
-        ("die", "01_make: the kernel died in cell [4] (peak memory "),
+        ("SIGKILL", "01_make: the kernel died in cell [4]: SIGKILL, killed from outside"),
         ("full", "the disk is full ("),
     ],
 )
@@ -374,9 +377,43 @@ def test_a_notebook_that_fails_is_one_line_and_a_failed_run(toy, capsys, fault, 
     assert not (toy.make / "record.json").exists() and not (toy.root / "reports/toy/notebooks/01_make.ipynb").exists()
     notebook = nbformat.read(toy.make / "failed.ipynb", 4)
     code = [cell.metadata.papermill for cell in notebook.cells if cell.cell_type == "code"]
-    if fault == "die":  # papermill calls all of them completed
+    if fault == "SIGKILL":  # papermill calls all of them completed
         assert [cell.status for cell in code] == ["completed"] * 3 + ["failed"] + ["pending"] * 2
-        assert "likely out of memory" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("fault", "memory", "how"),
+    [
+        ("SIGSEGV", 2**40, "SIGSEGV, a crash in native code, not a kill for lack of memory"),
+        ("SIGABRT", 2**40, "SIGABRT, a crash in native code, not a kill for lack of memory"),
+        ("SIGKILL", 2**40, "SIGKILL, killed from outside"),
+        ("SIGKILL", 2**20, "SIGKILL, out of memory"),
+        ("SIGTERM", 2**20, "SIGTERM, killed from outside"),
+    ],
+)
+def test_a_kernel_that_died_says_how_and_what_it_said_last(toy, capsys, monkeypatch, fault, memory, how):
+    monkeypatch.setattr(deaths, "memory_limit", lambda: memory)
+    toy.set(**{"01_make": {"fault": fault}})
+    assert toy.run() == 1
+    told = capsys.readouterr().err
+    assert f"the kernel died in cell [4]: {how}; peak memory " in told and told.count("\n") == 1
+    assert f"of {memory / 2**30:.1f} GB; it said last: free(): invalid pointer; notebook as it stopped: " in told
+    said = (toy.make / "failed.txt").read_text()
+    crashed = how.startswith(("SIGSEGV", "SIGABRT"))
+    assert ("Fatal Python error: " in said and "most recent call first" in said) == crashed
+
+
+def test_a_kill_that_the_system_counts_among_those_for_lack_of_memory_is_one_of_them(monkeypatch):
+    before = deaths.oom_kills()
+    monkeypatch.setattr(deaths, "oom_kills", lambda: before + 1)
+    assert deaths.way_of_death(-signal.SIGKILL, before) == "SIGKILL, out of memory"
+    assert deaths.way_of_death(-signal.SIGKILL, before + 1) == "SIGKILL, killed from outside"
+
+
+def test_a_kernel_that_dies_before_its_first_cell_says_how(toy, capsys, monkeypatch):
+    monkeypatch.setattr(execution.sys, "executable", "/bin/false")
+    assert toy.run() == 1
+    assert "the kernel died before its first cell: it ended by itself with exit code 1" in capsys.readouterr().err
 
 
 def test_an_expected_file_that_is_missing_is_a_failure(toy, capsys):
