@@ -5,9 +5,11 @@ import urllib.error
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
+from pursuhint_lib.data import Batches, ImageSet
 from pursuhint_lib.models import build_model, state_hash
-from pursuhint_lib.pretrained import check_source, load_weights
+from pursuhint_lib.pretrained import check_source, keep_pretrained, load_weights
 
 
 def network(classes=5, seed=0):
@@ -35,6 +37,17 @@ def test_weights_from_before_batch_norm_counted_are_taken(home, theirs):
     old = {name: tensor for name, tensor in theirs.state_dict().items() if "num_batches_tracked" not in name}
     torch.save(old, home / "old.pth")
     assert state_hash(load_weights(network(), "old.pth")) == state_hash(theirs)
+
+
+@pytest.mark.parametrize(("value", "says"), [(0.0, "the same for every image"), (torch.nan, "not all finite")])
+def test_a_teacher_whose_weights_say_nothing_is_refused_before_anything_is_trained(home, value, says):
+    images = ImageSet(torch.randint(255, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2, ["a", "b"])
+    silent = build_model("resnet8_w4", 2)
+    for parameter in silent.parameters():
+        nn.init.constant_(parameter, value)
+    with pytest.raises(ValueError, match=f"^teacher resnet8_w4: its logits are {says}.*teach nothing") as error:
+        keep_pretrained(home, silent, 0, Batches(images, 4, mean=torch.zeros(3), std=torch.ones(3)))
+    assert "\n" not in str(error.value) and not list(home.rglob("*.safetensors"))
 
 
 class Code:
