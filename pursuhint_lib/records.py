@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+from pydantic import BaseModel, FiniteFloat
 
-from pursuhint_lib.storage import sha256
+from pursuhint_lib.storage import read_valid, sha256
 
 RECORD = "record.json"
 EXECUTED = "executed.ipynb"
@@ -56,6 +57,44 @@ class Stage:
     resumes: bool = False
     pieces: str = ""
     share: float = 0.2
+
+
+class Runs(BaseModel):
+    """Ids in MLflow, of a notebook and of the networks that it trained, and what code trained these."""
+
+    notebook: str
+    models: dict[str, str] = {}
+    trained_at: dict[str, dict[str, Any]]
+
+
+class Origin(BaseModel):
+    """What is known of every notebook that has run, by hand as well."""
+
+    runs: Runs
+    source: dict[str, Any]
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+
+
+class Inputs(BaseModel):
+    """See `inputs_of`."""
+
+    parameters: dict[str, Any]
+    notebook: str
+    library: dict[str, str]
+    lock: str
+    reads: dict[str, dict[str, str]]
+    images: str = ""
+
+
+class Record(Origin):
+    """What others read of a stage's record, which holds more."""
+
+    key: str
+    inputs: Inputs
+    outputs: dict[str, str]
+    seconds: FiniteFloat
+    ended: str
 
 
 def inputs_of(
@@ -193,11 +232,7 @@ def matching(outputs: Mapping[str, str], patterns: Iterable[str]) -> dict[str, s
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a stage, or None when there is none or it is damaged: then the stage is made again."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and {"key", "inputs", "outputs"} <= record.keys() else None
+    return read_valid(folder / RECORD, Record)
 
 
 def _digest(path: Path) -> str:

@@ -319,7 +319,9 @@ def test_a_job_whose_time_is_up_goes_on_as_long_as_it_gets_further(queue, monkey
     folder, said = queue.parent / "job", []
 
     def begin(engine, task, name):
-        save_json({"done": next(reached), "total": 9, "text": "", "eta_s": None}, folder / "progress.json")
+        save_json(
+            {"done": next(reached), "total": 9, "text": "", "updated": 0.0, "eta_s": None}, folder / "progress.json"
+        )
         queue.write_text("7|TIMEOUT|TimeLimit\n")
         return "7"
 

@@ -15,11 +15,11 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from pursuhint_lib import deaths, execution, records, tracking, tracking_notebook, tracking_store
+from pursuhint_lib import deaths, execution, records, tracking, tracking_notebook, tracking_store, worker
 from pursuhint_lib.live import study_seconds_left
 from pursuhint_lib.params import PARAMS_FOLDER, ParameterError, load_params
 from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, main
-from pursuhint_lib.progress import Progress, duration
+from pursuhint_lib.progress import Progress, duration, read_progress
 from pursuhint_lib.storage import REPOSITORY, home
 from pursuhint_lib.verdict import compare_results, judge
 
@@ -543,6 +543,98 @@ def test_numbers_are_compared_with_the_published_ones_when_the_study_was_never_r
     shutil.rmtree(toy.root / "runs")
     assert toy.run() == 0
     assert capsys.readouterr().out.splitlines()[-2] == "verdict: reproduced exactly: 2 tables with the same bytes"
+
+
+def damage(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_damaged_files_of_a_study_are_made_again_and_cost_no_result(toy, capsys):
+    assert toy.run() == 0
+    runs = toy.root / "runs/toy"
+    (runs / "previous").mkdir(exist_ok=True)
+    shutil.copyfile(toy.judge / "results.csv", runs / "previous/results.csv")
+    (runs / "previous/records.json").write_text('{"01_make": {"outputs": {}}}')
+    damage(toy.make / "record.json", inputs={"parameters": {}})
+    damage(runs / "status.json", to_redo=7, seconds={"01_make": "1"})
+    damage(runs / "verdict.json", text=None)
+    (runs / "shown.json").write_text("[1]")
+    (toy.make / "progress.json").write_text('{"done": 1}')
+    assert main(["status", "toy"], toy_sources(toy.root)) == 0
+    assert "not run yet" in capsys.readouterr().out
+    assert toy.run() == 0 and toy.run() == 0
+    captured = capsys.readouterr()
+    assert "[1/2] 01_make (not done yet)" in captured.out and captured.err == ""
+    assert "[2/2] 02_judge: done before, kept" in captured.out and "nothing to do: all 2" in captured.out
+    assert toy.trained() == ["0", "1", "2", "3"]  # once
+
+
+WHOLE = {
+    "record.json": {
+        "key": "k",
+        "inputs": {"parameters": {}, "notebook": "", "library": {}, "lock": "", "reads": {}},
+        "outputs": {"a.csv": "0"},
+        "runs": {"notebook": "r", "models": {}, "trained_at": {}},
+        "source": {},
+        "versions": {},
+        "hardware": {},
+        "seconds": 1.5,
+        "ended": "",
+    },
+    "progress.json": {"done": 1, "total": 2, "text": "", "updated": 1.0, "eta_s": None},
+    "ended.json": {
+        "token": "t",
+        "key": "k",
+        "error": "",
+        "again": False,
+        "kept": ["a"],
+        "seconds": 1.0,
+        "peak_bytes": 1,
+    },
+    "worker.t.json": {"slurm": "", "host": "h", "family": [[7, 1.5]], "peak_bytes": 1},
+}
+READ = {
+    "record.json": records.read_record,
+    "progress.json": read_progress,
+    "ended.json": lambda folder: worker.read_end(folder, "t"),
+    "worker.t.json": lambda folder: worker.read_worker(folder, "t"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("odd", [None, [], {}, "text", float("inf")])
+def test_a_file_with_a_value_of_another_kind_or_without_it_is_damaged(tmp_path, name, odd):
+    whole = WHOLE[name]
+    (tmp_path / name).write_text(json.dumps(whole))
+    assert READ[name](tmp_path) == whole
+    for key in whole:
+        fits = isinstance(odd, type(whole[key])) and odd != float("inf")
+        (tmp_path / name).write_text(json.dumps(whole | {key: odd}))
+        assert fits or not READ[name](tmp_path), key
+        (tmp_path / name).write_text(json.dumps({other: whole[other] for other in whole if other != key}))
+        assert not READ[name](tmp_path), key
+    for text in ("", "[" * 100_000, json.dumps(odd)):
+        (tmp_path / name).write_text(text)
+        assert not READ[name](tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("runs/toy/.lock/x", "runs/toy/.lock: Is a directory"),
+        ("runs/toy/01_make/record.json/x", "runs/toy/01_make/record.json: Is a directory"),
+        ("reports/toy", "reports/toy/notebooks: a file is where this folder should be; move it away"),
+    ],
+)
+def test_what_lies_where_a_file_or_folder_of_the_study_should_be_is_one_line_before_anything_runs(
+    toy, capsys, name, told
+):
+    (toy.root / name).parent.mkdir(parents=True)
+    (toy.root / name).touch()
+    assert toy.run() == 1
+    captured = capsys.readouterr()
+    assert captured.err.endswith(f"{told}\n") and captured.err.count("\n") == 1
+    assert not toy.trained()
 
 
 def test_a_lock_file_of_a_dead_driver_does_not_stop_anyone(toy):

@@ -252,6 +252,9 @@ def _history(arms, seeds, epochs):
     return pd.DataFrame(rows)
 
 
+MADE_FROM = {"notebook": "", "library": {}, "lock": "", "reads": {}}
+
+
 def _record(stage, number):
     """As `pipeline` writes it, cut to what the report shows."""
     models = (
@@ -265,7 +268,7 @@ def _record(stage, number):
     return {
         "stage": stage,
         "key": f"{number}f" * 32,
-        "inputs": {"parameters": {"study": "toy", "epochs": 3, "seeds": [0, 1]}},
+        "inputs": {"parameters": {"study": "toy", "epochs": 3, "seeds": [0, 1]}} | MADE_FROM,
         "outputs": {},
         "runs": {"notebook": f"{number}e" * 16, "models": models, "trained_at": trained_at},
         "source": {"commit": f"{number}c" * 20, "dirty": number == 3},
