@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict
 from pursuhint_lib import deaths, execution, records, tracking, tracking_notebook, tracking_store, worker
 from pursuhint_lib.live import study_seconds_left
 from pursuhint_lib.params import PARAMS_FOLDER, ParameterError, load_params
-from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, main
+from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, main, one_line
 from pursuhint_lib.progress import Progress, duration, read_progress
-from pursuhint_lib.storage import REPOSITORY, home
+from pursuhint_lib.storage import REPOSITORY, home, save_json
 from pursuhint_lib.verdict import compare_results, judge
 
 # --- A toy study. It is also imported by the child processes that the tests start and kill.
@@ -567,6 +567,14 @@ def test_damaged_files_of_a_study_are_made_again_and_cost_no_result(toy, capsys)
     assert "[1/2] 01_make (not done yet)" in captured.out and captured.err == ""
     assert "[2/2] 02_judge: done before, kept" in captured.out and "nothing to do: all 2" in captured.out
     assert toy.trained() == ["0", "1", "2", "3"]  # once
+
+
+def test_a_folder_in_a_files_place_is_one_line_that_names_it(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "report.html").mkdir()
+    with pytest.raises(OSError) as error:
+        save_json({}, home / "report.html")
+    assert one_line(error.value) == "report.html: Is a directory"
 
 
 WHOLE = {
