@@ -285,7 +285,8 @@ def test_a_job_still_under_way_in_slurm_is_waited_for_or_cancelled_but_never_dou
     save_json({"slurm": "8", "host": "n", "family": [], "peak_bytes": 0}, left_over("told") / "worker.ttold.json")
     gone = left_over("gone", id="9")
     over = left_over("over", id="10")
-    save_json({"token": "tover", "key": "key", "error": "", "kept": []}, over / worker.ENDED)
+    ended = {"token": "tover", "key": "key", "error": "", "again": False, "kept": [], "seconds": 1.0, "peak_bytes": 1}
+    save_json(ended, over / worker.ENDED)
     said = []
     adopted = {"running": {"id": "7", "token": "trunning"}, "told": {"id": "8", "token": "ttold"}}
     assert settle("s", "04", "key", said.append) == adopted and len(said) == 2
