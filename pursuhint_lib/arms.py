@@ -37,7 +37,7 @@ from pursuhint_lib.models import load_model, save_model, state_hash
 from pursuhint_lib.params import DistillStudents, nearest
 from pursuhint_lib.progress import Progress
 from pursuhint_lib.provenance import source_state
-from pursuhint_lib.storage import read_json, read_table, run_folder, save_json, save_table
+from pursuhint_lib.storage import read_json, read_table, read_valid, run_folder, save_json, save_table
 from pursuhint_lib.study import StudyImages, fixed_batches, fresh_network, training_batches, training_facts
 from pursuhint_lib.tracking import StageRun
 from pursuhint_lib.training import Learner, Schedule, autocast, fit
@@ -507,7 +507,7 @@ def unfinished(folder: Path, arms: Mapping[str, str], seed: int) -> dict[str, st
 
 def _begun(missing: Mapping[str, str], checkpoint: Path, keys_file: Path) -> list[str]:
     """Of the missing arms those that the checkpoint holds. It is removed if it holds none."""
-    keys = read_json(keys_file) if checkpoint.exists() and keys_file.exists() else {}
+    keys = (read_valid(keys_file, dict[str, str]) if checkpoint.exists() else None) or {}
     begun = [name for name, key in missing.items() if keys.get(name) == key]
     if not begun:  # they are of other settings, or of students that are finished: never to be taken up again
         checkpoint.unlink(missing_ok=True)

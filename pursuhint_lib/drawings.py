@@ -21,8 +21,9 @@ from pursuhint_lib.choices import choose_number, embed_layers, from_pairs
 from pursuhint_lib.hints import METHODS, HintPoints, LayerClustering
 from pursuhint_lib.landscape import landscape_facts, layer_effects, placement, position_curve, subset_table
 from pursuhint_lib.params import STAGES
+from pursuhint_lib.records import Record
 from pursuhint_lib.status import first_line, short
-from pursuhint_lib.storage import home, read_json, read_table
+from pursuhint_lib.storage import home, read_json, read_table, read_valid
 
 if TYPE_CHECKING:  # notebook 03 draws tables only and need not wait for torch
     from matplotlib.figure import Figure
@@ -315,9 +316,9 @@ class Published:
     def __init__(self, reports: Path):
         self.tables = Path(reports) / "tables"
         records = Path(reports) / "records.json"
-        if not records.exists():
-            raise FileNotFoundError(f"{short(records)} is not there: run the study, or name one that is published")
-        self.records = read_json(records)
+        self.records = read_valid(records, dict[str, Record])
+        if self.records is None:
+            raise FileNotFoundError(f"{short(records)} is not there or damaged: run the study, or name a published one")
 
     def parameters(self, stage: str) -> Mapping[str, Any]:
         """What a notebook ran with."""

@@ -33,6 +33,14 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).double().mean())
 
 
+def check_says_something(logits: Tensor, teacher: str) -> None:
+    """Raise ValueError, one line, when nothing can be learned from these logits (N, K) of the network `teacher`."""
+    if not logits.isfinite().all():
+        raise ValueError(f"teacher {teacher}: its logits are not all finite, so it can teach nothing: are its weights?")
+    if (logits == logits[0]).all():
+        raise ValueError(f"teacher {teacher}: its logits are the same for every image, so it can teach nothing")
+
+
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T that minimizes the cross entropy of logits / T (Guo et al. 2017, section 4.2), in TEMPERATURES.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pursuhint_lib import records
-from pursuhint_lib.provenance import memory_limit
+from pursuhint_lib.deaths import oom_kills, way_of_death
 from pursuhint_lib.status import first_line, short
 from pursuhint_lib.storage import REPOSITORY, home, written_whole
 
@@ -44,6 +44,8 @@ class Execution:
         self._executed: Any = None
         self._killed = False
         self._looked = 0.0
+        self._process: Any = None  # the kernel's, as `subprocess` started it
+        self._kills_before = oom_kills()
         self._thread = threading.Thread(target=self._execute, name="papermill", daemon=True)
 
     def start(self) -> None:
@@ -68,7 +70,7 @@ class Execution:
 
     def look(self) -> None:
         """Note who the kernel is and how much memory it and its children hold. Costs little: at most once a second."""
-        if time.monotonic() - self._looked < 1:
+        if self._process is None or time.monotonic() - self._looked < 1:
             return
         self._looked = time.monotonic()
         import psutil
@@ -83,11 +85,10 @@ class Execution:
         import psutil
 
         with contextlib.suppress(psutil.Error):
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.Error):
-                    if "ipykernel_launcher" in child.cmdline():
-                        self.kernel = {"pid": child.pid, "created": child.create_time()}
-                        return [child, *child.children(recursive=True)]
+            if self._process and self._process.returncode is None:
+                kernel = psutil.Process(self._process.pid)
+                self.kernel = {"pid": kernel.pid, "created": kernel.create_time()}
+                return [kernel, *kernel.children(recursive=True)]
         return []
 
     def result(self, stage: str) -> dict:
@@ -96,17 +97,11 @@ class Execution:
         from nbclient.exceptions import DeadKernelError
 
         error = self._error
-        if isinstance(error, DeadKernelError):
-            cell = self._mark_dead_cell()
-            peak = (
-                f"peak memory {self.peak_bytes / 2**30:.1f} GB of {memory_limit() / 2**30:.1f} GB"
-                if self.peak_bytes
-                else "peak memory unknown"
-            )
-            raise KernelDied(
-                f"{stage}: the kernel died in cell {cell} ({peak}): "
-                f"likely out of memory, or killed from outside{self._kept()}"
-            )
+        if isinstance(error, DeadKernelError) or (isinstance(error, RuntimeError) and "Kernel died" in str(error)):
+            where, said = self._mark_dead_cell(), self.folder / records.SAID
+            text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
+            how = way_of_death(self._process.returncode, self._kills_before, self.peak_bytes, text)
+            raise KernelDied(f"{stage}: the kernel died {where}: {how}{self._kept()}")
         if isinstance(error, papermill.PapermillExecutionError):
             reason = f"{error.ename}: {first_line(error.evalue)}"
             raise StageFailed(f"{stage} stopped in cell [{error.exec_count}]: {reason}{self._kept()}")
@@ -125,19 +120,22 @@ class Execution:
         return self._executed
 
     def _kept(self) -> str:
-        """Keep the notebook as it stopped, and say where."""
+        """Keep the notebook as it stopped, and beside it what was said past it, and say where."""
         with contextlib.suppress(OSError):
             os.replace(self.folder / records.RUNNING, self.folder / records.FAILED)
+            if (said := self.folder / records.SAID).exists() and said.stat().st_size:
+                os.replace(said, self.folder / records.TRACE)
+                return f"; notebook as it stopped: {short(self.folder / records.FAILED)}, and {records.TRACE} beside it"
             return f"; notebook as it stopped: {short(self.folder / records.FAILED)}"
         return ""
 
     def _mark_dead_cell(self) -> str:
-        """A dead kernel's cells are all marked "completed": put that right. Returns the number of the one that died."""
+        """A dead kernel's cells are all marked "completed": put that right. Returns where it died."""
         path = self.folder / records.RUNNING
         try:
             notebook = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return "[?]"
+            return "before its first cell"
         code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
         begun = [cell for cell in notebook["cells"] if cell["metadata"].get("papermill", {}).get("start_time")]
         for cell in notebook["cells"]:
@@ -148,13 +146,13 @@ class Execution:
         notebook["metadata"].setdefault("papermill", {})["exception"] = True
         with contextlib.suppress(OSError):
             path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False), encoding="utf-8")
-        return f"[{sum(cell in begun for cell in code)}]"
+        return f"in cell [{sum(cell in begun for cell in code)}]" if begun else "before its first cell"
 
     def _execute(self) -> None:
         try:
             with (
                 tempfile.TemporaryDirectory(prefix="pursuhint-") as private,
-                _environ(_plot_folder() | self.environment | _private(private)),
+                _environ(_plot_folder() | self.environment | _private(private, self.folder / records.SAID)),
             ):
                 try:
                     self._papermill()
@@ -182,8 +180,24 @@ class Execution:
             log_output=False,
             start_timeout=120,
             coalesce_streams=True,
-            extra_arguments=["--log-level=50"],  # ipykernel remarks on its local TCP and on being stopped
+            kernel_manager_class=self._manager(),
+            # ipykernel remarks on its local TCP and on being stopped. What libraries write past Python goes to a file,
+            # where it outlives the kernel, and not into the notebook, with which the last of it would be lost.
+            extra_arguments=["--log-level=50", "--IPKernelApp.capture_fd_output=False"],
         )
+
+    def _manager(self) -> type:
+        """What starts the kernel: Jupyter's own, which lets its process be known, for the way in which it ends."""
+        from jupyter_client import AsyncKernelManager
+
+        execution = self
+
+        class Manager(AsyncKernelManager):
+            async def start_kernel(self, **options: Any) -> None:
+                await super().start_kernel(**options)
+                execution._process = self.provisioner.process
+
+        return Manager
 
 
 def run_notebook(
@@ -212,6 +226,7 @@ def kernel_environment(threads: int | None) -> dict[str, str]:
         "PURSUHINT_PREFIX": sys.prefix,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
         "PYTHONHASHSEED": "0",  # the order of sets must not differ between equal runs
+        "PYTHONFAULTHANDLER": "1",  # a crash in native code says where in Python it was
         "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
     }
     if threads:
@@ -219,15 +234,17 @@ def kernel_environment(threads: int | None) -> dict[str, str]:
     return environment
 
 
-def _private(folder: str) -> dict[str, str]:
+def _private(folder: str, said: Path) -> dict[str, str]:
     """Jupyter's folders for one notebook, below the temporary `folder`, with a kernel that is this very interpreter.
+    Its stdout and stderr are the file `said`.
 
     Otherwise a kernel called python3 in the user's home or in another Jupyter may win, and the user's IPython start-up
     files, history and a home that cannot be written would matter.
     """
     kernel = Path(folder) / "share" / "kernels" / "python3"
     kernel.mkdir(parents=True)
-    command = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    command = ["sh", "-c", 'exec "$@" >"$PURSUHINT_SAID" 2>&1', "sh"]
+    command += [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     text = json.dumps({"argv": command, "display_name": "Python 3 (ipykernel)", "language": "python"})
     (kernel / "kernel.json").write_text(text, encoding="utf-8")
     return {
@@ -235,6 +252,7 @@ def _private(folder: str) -> dict[str, str]:
         "JUPYTER_PREFER_ENV_PATH": "1",
         "JUPYTER_RUNTIME_DIR": f"{folder}/runtime",
         "IPYTHONDIR": f"{folder}/ipython",
+        "PURSUHINT_SAID": str(said),
     }
 
 

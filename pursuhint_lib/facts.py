@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from pursuhint_lib.params import STAGES
-from pursuhint_lib.storage import read_json, read_table
+from pursuhint_lib.records import Origin, read_record
+from pursuhint_lib.storage import read_json, read_table, read_valid
 from pursuhint_lib.tracking import LAB_RECORD, LAB_TABLE
 
 # Columns that only studies of a newer comparison have; in an older table they read as empty.
@@ -66,8 +67,7 @@ def read_facts(runs: Path) -> Facts:
     results = _without_gaps(read_table(evaluate / "results.csv"))
     contrasts = _with_columns(read_table(evaluate / "contrasts.csv"), [*COMPARED, "comparisons"])
     records = {
-        stage: _optional_json(runs / stage / "record.json") or _optional_json(runs / stage / LAB_RECORD)
-        for stage in STAGES
+        stage: read_record(runs / stage) or read_valid(runs / stage / LAB_RECORD, Origin) or {} for stage in STAGES
     }
     return Facts(
         results=_with_columns(results, STUDENT_MEASURES),

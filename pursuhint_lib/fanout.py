@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from pursuhint_lib.deaths import NOT_KNOWN, oom_kills, way_of_death
 from pursuhint_lib.execution import StageFailed
 from pursuhint_lib.params import ParameterError, nearest
 from pursuhint_lib.progress import duration, read_progress
@@ -49,6 +50,7 @@ from pursuhint_lib.worker import (
 
 EXECUTORS = ("local", "slurm")
 LOGS = "log"  # in a job's folder: what submitit writes, a file of output for every try
+CODE = "exit_code"  # in a job's folder: of its process, where that is one of this machine
 TRIES = 2
 SLURM_JOBS = 16  # in the queue at a time, if nothing else is asked for
 _FOREVER = 60 * 24 * 365  # minutes: submitit ends a local job after two, if nothing is said
@@ -63,7 +65,7 @@ _SLURM_OVER = {
     "CANCELLED": "cancelled from outside",
     "COMPLETED": "it ended without a word",
     "DEADLINE": "its deadline has passed",
-    "FAILED": "killed from outside, or out of memory",
+    "FAILED": NOT_KNOWN,
     "NODE_FAIL": "the node failed",
     "OUT_OF_MEMORY": "out of memory",
     "PREEMPTED": "preempted",
@@ -258,6 +260,7 @@ class _Job:
     tries: int = 0
     token: str = ""
     id: str = ""
+    kills_before: int = 0  # see `deaths`
     gone_since: float | None = None
     best: float = 0.0  # share of it that was done when the last try ended
     end: dict[str, Any] = field(default_factory=dict)
@@ -361,9 +364,10 @@ class Fleet:
     def _begin(self, job: _Job) -> None:
         folder = job.work.folder
         folder.mkdir(parents=True, exist_ok=True)
-        job.token, job.gone_since = uuid.uuid4().hex, None
+        job.token, job.gone_since, job.kills_before = uuid.uuid4().hex, None, oom_kills()
         attempt = {"token": job.token, "key": self.key, "executor": self.options.executor, "id": ""}
-        (folder / ENDED).unlink(missing_ok=True)
+        for name in (ENDED, CODE):
+            (folder / name).unlink(missing_ok=True)
         save_json(attempt, folder / ATTEMPT)
         end_workers(folder, self.say)  # now, for none of an older attempt begins any more
         # cloudpickle takes functions along by their names, so the job's process needs this code, not a copy of it.
@@ -396,9 +400,8 @@ class Fleet:
             return
         reason, again = job.end.get("error"), job.end.get("again", True)
         if not job.end:
-            how = self.engine.way_of_end(job.id) or "killed from outside, or out of memory"
-            peak = f"peak memory {about['peak_bytes'] / 2**30:.1f} GB, " if about else ""
-            reason = f"it died ({peak}{how})"
+            how = self.engine.way_of_end(job.id) or _exit_code(job.work.folder)
+            reason = f"it died: {way_of_death(how, job.kills_before, about.get('peak_bytes', 0))}"
             if how == _SLURM_OVER["TIMEOUT"] and job.share > job.best:  # a long job in short pieces is no failure
                 job.tries -= 1
         job.best = max(job.best, job.share)
@@ -493,7 +496,8 @@ class _Local:
     def begin(self, task: Task, _name: str) -> str:
         """Start a process; returns submitit's name for it, the number of its own process."""
         gpus = self._free.pop(0)
-        command = _python(self.environment | {"CUDA_VISIBLE_DEVICES": gpus})
+        command = shlex.join(["sh", "-c", '"$@"; code=$?; echo $code >"$0"; exit $code', str(task.folder / CODE)])
+        command += f" {_python(self.environment | {'CUDA_VISIBLE_DEVICES': gpus})}"
         executor = _submitit().LocalExecutor(folder=task.folder / LOGS, python=command)
         executor.update_parameters(timeout_min=_FOREVER, stderr_to_stdout=True)
         # Ctrl-C in a terminal reaches all its processes. It is for the driver alone, which then ends the jobs; blocked
@@ -590,6 +594,15 @@ def _submitit() -> Any:
     module = importlib.import_module("submitit")
     logging.getLogger("submitit").setLevel(logging.CRITICAL)
     return module
+
+
+def _exit_code(folder: Path) -> int | str:
+    """How the process of a job that was one of this machine ended, as `subprocess` has it: a shell adds 128."""
+    try:
+        code = int((folder / CODE).read_text())
+    except (OSError, ValueError):
+        return NOT_KNOWN
+    return 128 - code if code > 128 else code
 
 
 def _python(environment: Mapping[str, str]) -> str:

@@ -38,6 +38,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from pursuhint_lib.deaths import oom_kills, way_of_death
 from pursuhint_lib.fanout import FanOut, add_options, visible_gpus, whole_number
 from pursuhint_lib.live import LiveLine, stage_line, study_seconds_left
 from pursuhint_lib.params import (
@@ -351,6 +352,7 @@ class _Child:
     process: subprocess.Popen
     started: float
     place: int  # among those that run at a time, from 0
+    kills_before: int  # see `deaths`
 
 
 @dataclass
@@ -421,7 +423,7 @@ class _Run:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # the terminal's Ctrl-C is for the driver, which hands it on once
                 )
-            self.running[study] = _Child(process, time.time(), place)
+            self.running[study] = _Child(process, time.time(), place, oom_kills())
 
     def _gpus_of(self, place: int) -> dict[str, str]:
         """The GPUs of the study that runs in this place of those that run at a time."""
@@ -442,7 +444,7 @@ class _Run:
                 took = duration(time.time() - child.started)
                 self.live.say(f"[{len(self.done)}/{len(self.grid.studies)}] {study}: done in {took}")
                 continue
-            last = f"killed by {signal.Signals(-code).name}" if code < 0 else _last_line(self.log(study))
+            last = way_of_death(code, child.kills_before) if code < 0 else _last_line(self.log(study))
             if self.tries[study] < TRIES:
                 self.live.say(f"{study} failed and is tried once more: {last}")
                 self.waiting.append(study)

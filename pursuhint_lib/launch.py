@@ -18,6 +18,7 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
+from pursuhint_lib.deaths import oom_kills, way_of_death
 from pursuhint_lib.jobs import Job, job_folder, run_job
 from pursuhint_lib.params import STAGES, StudentTraining
 from pursuhint_lib.status import short
@@ -47,6 +48,7 @@ def train_together(job: Job, params: StudentTraining, folder: Path, report_to: P
     command += [f"--nproc-per-node={params.processes}", "-m", "pursuhint_lib.launch", str(own / "together.json")]
     log = own / "together.log"
     log.unlink(missing_ok=True)
+    kills_before = oom_kills()
     with open(log, "ab", buffering=0) as said:
         torchrun = subprocess.Popen(
             command,
@@ -64,9 +66,9 @@ def train_together(job: Job, params: StudentTraining, folder: Path, report_to: P
         finally:
             _end(torchrun)
     if torchrun.returncode:
+        what = _what_died(own, params.processes, torchrun.returncode, kills_before)
         raise RuntimeError(
-            f"{_what_died(own, params.processes, torchrun.returncode)}; all that was said is in {short(log)}; the same "
-            "command goes on from the last checkpoint"
+            f"{what}; all that was said is in {short(log)}; the same command goes on from the last checkpoint"
         )
 
 
@@ -87,7 +89,7 @@ def _end(torchrun: subprocess.Popen) -> None:
     torchrun.stdout.close()
 
 
-def _what_died(own: Path, processes: int, code: int) -> str:
+def _what_died(own: Path, processes: int, code: int, kills_before: int) -> str:
     """Which process ended the others, and how."""
     text = (own / "together.log").read_text(encoding="utf-8", errors="replace")
     ends = re.findall(r"^ *rank *: (\d+).*\n *exitcode *: (-?\d+)", text, re.M)  # torchrun's report, first death last
@@ -95,7 +97,7 @@ def _what_died(own: Path, processes: int, code: int) -> str:
     killed = [end for end in ends if end[1] < 0 and end[1] != -signal.SIGTERM]  # others' exceptions: that it was gone
     killed += [end for end in ends[-1:] if end[1] == -signal.SIGTERM]  # torchrun itself sends it, but not to the first
     if killed:
-        return f"process {killed[0][0]} of {processes} was killed by signal {-killed[0][1]}"
+        return f"process {killed[0][0]} of {processes} died: {way_of_death(killed[0][1], kills_before)}"
     errors = []
     for file in own.glob("error-*.json"):
         with contextlib.suppress(ValueError):
@@ -103,7 +105,7 @@ def _what_died(own: Path, processes: int, code: int) -> str:
     if errors:
         first = min(errors, key=lambda error: error["time"])
         return f"process {first['rank'] + 1} of {processes} stopped: {first['error']}"
-    return f"the {processes} processes ended with exit code {code}"
+    return f"the {processes} processes died: {way_of_death(code, kills_before)}"
 
 
 def main(file: Path) -> None:

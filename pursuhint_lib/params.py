@@ -46,11 +46,23 @@ def _all_different(values: list) -> list:
 
 
 _NUMBER = BeforeValidator(_no_boolean)
-Count = Annotated[int, _NUMBER, Field(ge=1)]
-CountOrNone = Annotated[int, _NUMBER, Field(ge=0)]
-Seed = Annotated[int, _NUMBER, Field(ge=0, lt=2**31)]
-Positive = Annotated[float, _NUMBER, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, _NUMBER, Field(ge=0, allow_inf_nan=False)]
+
+
+# Every number has both ends, far beyond what makes sense: what is further out would only fail later, or never end.
+def _whole(least: int, most: int) -> Any:
+    return Annotated[int, _NUMBER, Field(ge=least, le=most)]
+
+
+def _real(least: float, most: float) -> Any:
+    return Annotated[float, _NUMBER, Field(ge=least, le=most, allow_inf_nan=False)]
+
+
+Count = _whole(1, 1_000_000)
+CountOrNone = _whole(0, 1_000_000)
+AtATime = _whole(1, 1024)  # threads, processes, networks
+Seed = _whole(0, 2**31 - 1)
+Positive = _real(1e-9, 1e9)
+Weight = _real(0, 1e9)
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[
     list[Name], Field(min_length=1), BeforeValidator(lambda v: _all_different(v) if isinstance(v, list) else v)
@@ -73,16 +85,16 @@ class Images(Study):
     data: Literal["digits", "cifar10", "cifar100", "image_folder"] = "digits"
     data_folder: str = ""  # empty: $PURSUHINT_DATA, else data/ in the repository
     n_classes: CountOrNone = 0  # a seeded subset of the classes; 0 = all
-    image_size: CountOrNone = 0  # image_folder only: side in pixels
+    image_size: _whole(0, 4096) = 0  # image_folder only: side in pixels
     streaming: bool = False  # image_folder only: decode the images anew in every epoch, for sets larger than the memory
-    loaders: CountOrNone = 2  # streaming only: processes that decode; they change no result
+    loaders: _whole(0, 1024) = 2  # streaming only: processes that decode; they change no result
     channel_statistics: Literal["training_images", "imagenet"] = (
         "training_images"  # what images are normalized with; imagenet: what torchvision's weights expect
     )
-    noise: Weight = 0.5  # standard deviation of Gaussian pixel noise on the [0, 1] scale
+    noise: _real(0, 100) = 0.5  # standard deviation of Gaussian pixel noise on the [0, 1] scale
     crop_padding: CountOrNone = 1  # training only: pad by so many pixels, crop at random
     flip: bool = False  # training only: mirror half of the images
-    evaluation_repeats: Count = 1  # noise draws per validation and test image
+    evaluation_repeats: _whole(1, 1000) = 1  # noise draws per validation and test image
     validation_per_class: Count = 20  # taken from the training images
     split_seed: Seed = 0  # draws the classes, the validation and the probe images
 
@@ -90,8 +102,8 @@ class Images(Study):
 class Hardware(Study):
     """Where it runs."""
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    threads: Count = 1  # CPU threads; results are bit-identical only for an equal number
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "auto"
+    threads: AtATime = 1  # CPU threads; results are bit-identical only for an equal number
     precision: Literal["auto", "float32", "bfloat16"] = (
         "float32"  # of the networks' arithmetic; losses are float32 always
     )
@@ -110,7 +122,7 @@ class StudentTraining(Study):
     seeds: Annotated[
         list[Seed], Field(min_length=1), BeforeValidator(lambda v: _all_different(v) if isinstance(v, list) else v)
     ] = [0, 1]
-    batch_size: Annotated[int, _NUMBER, Field(ge=2)] = 64
+    batch_size: _whole(2, 1_000_000) = 64
     schedule: Literal["fast", "paper", "imagenet"] = (
         "fast"  # fast: one cycle; paper: x0.1 at 62.5, 75 and 87.5 % of the epochs; imagenet: at 30, 60 and 90 %
     )
@@ -120,7 +132,7 @@ class StudentTraining(Study):
     weight_decay: Weight = 5e-4
     # Processes that train each network together, each on its part of a batch, with a GPU of its own or with threads //
     # processes threads, at least 1. Hints sp, cc, rkd and pkt and logits dist then relate the images of a part only.
-    processes: Count = 1
+    processes: AtATime = 1
     sync_batch_norm: bool = False  # with processes: normalize by the statistics of the whole batch, as one process does
 
     @field_validator("processes")
@@ -156,8 +168,8 @@ class TrainTeacher(StudentTraining, Networks, Hardware, Images):
     teacher_epochs: Count = 2
     teacher_learning_rate: Positive = 0.1
     teacher_seed: Seed = 0
-    other_teachers: CountOrNone = 1  # from other initial weights, on the same batches; they never teach
-    workers: Count = 1  # teachers that take their step at the same time, on a CPU; see 04
+    other_teachers: _whole(0, 1000) = 1  # from other initial weights, on the same batches; they never teach
+    workers: AtATime = 1  # teachers that take their step at the same time, on a CPU; see 04
 
 
 class ProfileLayers(Networks, Hardware, Images):
@@ -165,10 +177,10 @@ class ProfileLayers(Networks, Hardware, Images):
 
     layers: list[Name] = []  # candidate layers by module path; empty = derived from the network
     before_activation: bool = False  # take block outputs before their last activation
-    probe_images: Annotated[int, _NUMBER, Field(ge=8)] = 200
+    probe_images: _whole(8, 10_000_000) = 200
     pooling_grid: Count = 1  # side of the grid of cells that a map is averaged over; 1 = the mean of the whole map
     similarity_metrics: Names = ["r2_cca", "linear_cka", "rbf_cka"]
-    resamples: CountOrNone = 4  # random halves of the probe images
+    resamples: _whole(0, 10_000) = 4  # random halves of the probe images
 
 
 class ClusterLayers(Networks):
@@ -177,7 +189,7 @@ class ClusterLayers(Networks):
     n_hints: Count = 3
     cluster_metrics: Names = ["r2_cca", "linear_cka"]  # the first is the study's main one
     strategies: Names = ["stage_ends", "uniform", "random", "clustered"]
-    random_draws: Count = 1  # how many random choices of hint points
+    random_draws: _whole(1, 1000) = 1  # how many random choices of hint points
     selection_seed: Seed = 0
 
 
@@ -185,13 +197,13 @@ class DistillStudents(StudentTraining, Networks, Hardware, Images):
     """04: a student for every method, strategy and seed."""
 
     methods: Names = ["at"]  # each a sum of one logit loss (else kd) and hint methods: "at", "dkd", "wsld+crd@last"
-    workers: Count = (
+    workers: AtATime = (
         1  # arms that take their step at the same time, on a CPU; each has threads // workers threads, at least 1
     )
     ce_weight: Weight = 1.0
     kd_weight: Weight = 1.0  # of kd and kd_std
     logit_weights: dict[str, Positive] = {}  # of the other logit losses; one left out has its published weight
-    temperature: Positive = 4.0
+    temperature: _real(0.01, 1000) = 4.0
     balance: Literal["gradient", "none"] = "gradient"
     hint_share: Positive = (
         0.5  # balance "gradient": first gradient of all hints together, relative to that of the other terms
@@ -324,15 +336,21 @@ class _AsItLooks(yaml.SafeLoader):
 
 def read_yaml(path: Path, file: str) -> Any:
     """What a YAML file holds. Raises ParameterError, one line that begins with `file`."""
+    if path.exists() and not path.is_file():  # a FIFO would be waited for
+        raise ParameterError(f"{file}: is no file")
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_AsItLooks)
     except FileNotFoundError:
         raise ParameterError(f"{file}: no such parameter file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ParameterError(f"{file}: cannot be read ({error.strerror})") from None
+    except RecursionError:
+        raise ParameterError(f"{file}: is nested too deeply (allowed: sections of keys and values)") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is not UTF-8, a date that there is not
         place = getattr(error, "problem_mark", None)
         where = f" at line {place.line + 1}" if place else ""
         raise ParameterError(
-            f"{file}: is not valid YAML{where} ({getattr(error, 'problem', None) or 'cannot be read'})"
+            f"{file}: is not valid YAML{where} ({getattr(error, 'problem', None) or _first_line(error)})"
         ) from None
 
 
@@ -476,6 +494,11 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
         )
 
     shape = _check_images(profile, file)
+    if profile.crop_padding >= shape[1]:
+        raise ParameterError(
+            f"{file}: common.crop_padding = {profile.crop_padding}: crops may hold nothing of an image of {shape[1]} "
+            f"pixels (allowed: 0 to {shape[1] - 1})"
+        )
     try:
         device = resolve_device(profile.device)
     except ValueError as error:  # "device = 'cuda': ..."

@@ -50,7 +50,7 @@ from pursuhint_lib.params import (
 )
 from pursuhint_lib.progress import duration, read_progress, write_progress
 from pursuhint_lib.provenance import hardware, source_state, versions
-from pursuhint_lib.records import Stage
+from pursuhint_lib.records import Record, Stage
 from pursuhint_lib.status import (
     StudyBusy,
     command_line,
@@ -68,7 +68,7 @@ from pursuhint_lib.status import (
     study_lock,
     where,
 )
-from pursuhint_lib.storage import REPOSITORY, home, read_json, read_table, report_folder, run_folder, save_json
+from pursuhint_lib.storage import REPOSITORY, home, read_table, read_valid, report_folder, run_folder, save_json
 from pursuhint_lib.tracking_mirror import SPOOL, Mirror, lacking
 from pursuhint_lib.verdict import Verdict, as_json, judge
 
@@ -297,9 +297,9 @@ def is_finished(study: str, sources: Sources) -> bool:
 
 def _changed_report(study: str) -> list[str]:
     """Files of a study's report that are gone or changed."""
-    reports, shown = home() / "reports" / study, home() / "runs" / study / SHOWN
-    changed = records.changed_outputs(read_json(shown) if shown.exists() else {}, reports)
-    return changed or ([] if (reports / "report.html").exists() else ["report.html"])
+    reports, shown = home() / "reports" / study, read_valid(home() / "runs" / study / SHOWN, dict[str, str])
+    changed = records.changed_outputs(shown or {}, reports)
+    return changed or ([] if shown is not None and (reports / "report.html").exists() else ["report.html"])
 
 
 def _parameters(study: str, sources: Sources) -> tuple[Mapping[str, Any], str]:
@@ -417,6 +417,7 @@ class Driver:
         if self.prepared:
             return
         self.live.draw("starting: torch, MLflow and papermill are imported")
+        report_folder(self.study, "notebooks")  # before anything runs: it may be that it cannot be made
         self.sources.check(self.params, self.file)
         self.stop.check()
         if os.environ.get("MLFLOW_TRACKING_URI"):
@@ -425,7 +426,7 @@ class Driver:
         self.stop.check()
         if self.status.get("state") not in _UNFINISHED:
             self._keep_previous()
-        self._save_status(state="running", stage="", progress="", to_redo=to_redo)
+        self._save_status(state="running", stage="", progress="", stage_started=time.time(), to_redo=to_redo)
         importlib.import_module("papermill")
         self.prepared = True
         self.live.clear()
@@ -444,11 +445,10 @@ class Driver:
             and found[last.name]["outputs"].get(RESULTS) == records.sha256(results)
         )
         if not whole:
-            results, found = reports / "tables" / RESULTS, {}
+            results = reports / "tables" / RESULTS
             if not results.exists():
                 return
-            if (reports / "records.json").exists():
-                found = read_json(reports / "records.json")
+            found = read_valid(reports / "records.json", dict[str, Record]) or {}
         target.mkdir()
         shutil.copyfile(results, target / RESULTS)
         save_json(found, target / "records.json")
@@ -555,7 +555,8 @@ class Driver:
             shutil.rmtree(folder)
             folder.mkdir()
             return
-        for name in ("progress.json", records.FAILED, records.RUNNING, SPOOL):  # the notebook spools everything again
+        of_last_try = ("progress.json", records.FAILED, records.TRACE, records.RUNNING, SPOOL)
+        for name in of_last_try:  # the notebook spools everything again
             (folder / name).unlink(missing_ok=True)
         for unfinished in folder.rglob(".*.partial*") if not at_work else ():  # of a killed writer
             unfinished.unlink(missing_ok=True)
@@ -726,7 +727,7 @@ class Driver:
         old_table = previous / RESULTS
         if not old_table.exists():
             return judge(None, None, {}, {})
-        old = read_json(previous / "records.json")
+        old = read_valid(previous / "records.json", dict[str, Record]) or {}
         new_table = folder / self.sources.stages[-1].name / RESULTS
         changed = [
             f"{key} {before!r} -> {now!r}"
@@ -850,8 +851,10 @@ def one_line(error: BaseException) -> str:
                 "make room, the same command goes on"
             )
         cause = cause.__cause__
-    expected = (ParameterError, StageFailed, StudyBusy, FileNotFoundError, ValueError, tracking.TrackingError)
+    expected = (ParameterError, StageFailed, StudyBusy, OSError, ValueError, tracking.TrackingError)
     text, known = first_line(error), isinstance(error, expected)
+    if isinstance(error, OSError) and error.strerror and (name := error.filename2 or error.filename):
+        text = f"{short(Path(os.fsdecode(name)))}: {error.strerror}"
     return text if known and text else f"{type(error).__name__}: {text} (PURSUHINT_DEBUG=1 shows where)"
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pursuhint_lib import storage
 from pursuhint_lib.arms import kept_file, training_key
 from pursuhint_lib.data import BatchSource
-from pursuhint_lib.evaluation import accuracy
+from pursuhint_lib.evaluation import accuracy, check_says_something
 from pursuhint_lib.models import check_fit, save_model, state_hash
 from pursuhint_lib.training import predict
 
@@ -180,11 +180,13 @@ def keep_pretrained(
     """Keep a teacher that was trained elsewhere where `arms.train_and_keep` keeps one that was trained here, under a
     key that depends on the weights alone.
 
-    Returns its history, one row as of `training.fit` for an epoch 0 (what it does on validation, untouched).
+    Returns its history, one row as of `training.fit` for an epoch 0 (what it does on validation, untouched). Raises
+    what `evaluation.check_says_something` raises.
     """
     key = training_key(network=teacher.spec, weights=state_hash(teacher))
     started = time.perf_counter()
     logits, labels = predict(teacher.to(validation.device), validation, dtype)
+    check_says_something(logits, teacher.spec["name"])
     loss = float(nn.functional.cross_entropy(logits.double(), labels))
     row = {"arm": "teacher", "seed": seed, "epoch": 0}
     row |= {"val_accuracy": accuracy(logits, labels), "val_loss": loss, "status": "trained"}

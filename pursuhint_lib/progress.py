@@ -9,7 +9,19 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, FiniteFloat
+
+from pursuhint_lib.storage import read_valid
+
+
+class _Heartbeat(BaseModel):
+    done: int
+    total: Annotated[int, Field(ge=1)]
+    text: str
+    updated: FiniteFloat
+    eta_s: FiniteFloat | None
 
 
 def duration(seconds: float) -> str:
@@ -85,8 +97,5 @@ def write_progress(folder: Path, heartbeat: Mapping[str, Any]) -> None:
 
 
 def read_progress(folder: Path) -> dict | None:
-    """The last heartbeat in `folder`, or None when there is none that can be read."""
-    try:
-        return json.loads((Path(folder) / "progress.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    """The last heartbeat in `folder`, or None when there is none or it is damaged."""
+    return read_valid(Path(folder) / "progress.json", _Heartbeat)

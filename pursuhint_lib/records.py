@@ -23,14 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+from pydantic import BaseModel, FiniteFloat
 
-from pursuhint_lib.storage import files_below, sample_hash, sha256
+from pursuhint_lib.storage import files_below, read_valid, sample_hash, sha256
 
 RECORD = "record.json"
 EXECUTED = "executed.ipynb"
 FAILED = "failed.ipynb"
 RUNNING = "running.ipynb"
-_NOT_OUTPUTS = (RECORD, "progress.json", FAILED, RUNNING)  # and whatever has a part that starts with a dot
+SAID = ".said.txt"  # what a notebook's process says past it: libraries' own lines, and where in Python it crashed
+TRACE = "failed.txt"  # that of a notebook that stopped
+_NOT_OUTPUTS = (RECORD, "progress.json", FAILED, TRACE, RUNNING)  # and whatever has a part that starts with a dot
 # Files that differ between equal runs (times, dates). They are outputs, but nothing that follows may depend on them.
 _VOLATILE = ("timings.csv", "speed.csv", "histories/*.csv", EXECUTED, "*.pdf")
 
@@ -53,6 +56,44 @@ class Stage:
     resumes: bool = False
     pieces: str = ""
     share: float = 0.2
+
+
+class Runs(BaseModel):
+    """Ids in MLflow, of a notebook and of the networks that it trained, and what code trained these."""
+
+    notebook: str
+    models: dict[str, str] = {}
+    trained_at: dict[str, dict[str, Any]]
+
+
+class Origin(BaseModel):
+    """What is known of every notebook that has run, by hand as well."""
+
+    runs: Runs
+    source: dict[str, Any]
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+
+
+class Inputs(BaseModel):
+    """See `inputs_of`."""
+
+    parameters: dict[str, Any]
+    notebook: str
+    library: dict[str, str]
+    lock: str
+    reads: dict[str, dict[str, str]]
+    images: str = ""
+
+
+class Record(Origin):
+    """What others read of a stage's record, which holds more."""
+
+    key: str
+    inputs: Inputs
+    outputs: dict[str, str]
+    seconds: FiniteFloat
+    ended: str
 
 
 def inputs_of(
@@ -180,11 +221,7 @@ def matching(outputs: Mapping[str, str], patterns: Iterable[str]) -> dict[str, s
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a stage, or None when there is none or it is damaged: then the stage is made again."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and {"key", "inputs", "outputs"} <= record.keys() else None
+    return read_valid(folder / RECORD, Record)
 
 
 def _digest(path: Path) -> str:

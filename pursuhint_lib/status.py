@@ -7,7 +7,6 @@ notebook's heartbeat.
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shlex
@@ -15,16 +14,48 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, FiniteFloat
 
 from pursuhint_lib import records
 from pursuhint_lib.progress import duration, read_progress
 from pursuhint_lib.records import Stage
-from pursuhint_lib.storage import home, run_folder
+from pursuhint_lib.storage import home, read_valid, run_folder
+
+_Pid = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class StudyBusy(RuntimeError):
     """Another driver runs this study."""
+
+
+class _Kernel(BaseModel):
+    pid: _Pid
+    created: FiniteFloat
+
+
+class _Status(BaseModel):
+    """What a driver says of itself."""
+
+    state: Literal["running", "failed", "interrupted", "killed", "finished"]
+    stage: str
+    stage_started: FiniteFloat
+    progress: str
+    to_redo: list[str]
+    pid: _Pid
+    host: str
+    options: str = ""
+    seconds: dict[str, FiniteFloat]
+    spent: dict[str, FiniteFloat]
+    kernel: _Kernel | None = None
+    message: str = ""
+
+
+class _Told(BaseModel):
+    """What is read of a verdict."""
+
+    text: str
 
 
 def folders(study: str, stage: str) -> tuple[Path, Path]:
@@ -32,12 +63,8 @@ def folders(study: str, stage: str) -> tuple[Path, Path]:
 
 
 def read_status(study: str) -> dict[str, Any]:
-    """What the last driver wrote of itself, {} when there was none or it cannot be read."""
-    try:
-        status = json.loads((home() / "runs" / study / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
+    """What the last driver wrote of itself, {} when there was none or it is damaged."""
+    return read_valid(home() / "runs" / study / "status.json", _Status) or {}
 
 
 def state_text(study: str, status: Mapping[str, Any], busy: bool, stages: Sequence[Stage]) -> str:
@@ -95,10 +122,8 @@ def kept(study: str, stages: Sequence[Stage]) -> str:
 
 
 def read_verdict(study: str) -> dict[str, Any]:
-    try:
-        return json.loads((home() / "runs" / study / "verdict.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {"verdict": "", "text": "not known"}
+    """The verdict of the last run, in one line under "text"."""
+    return read_valid(home() / "runs" / study / "verdict.json", _Told) or {"text": "not known"}
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import TypeAdapter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -36,7 +37,10 @@ def report_folder(study: str, part: str = "") -> Path:
 
 
 def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{folder}: a file is where this folder should be; move it away") from None
     return folder
 
 
@@ -69,12 +73,16 @@ def save_table(table: pd.DataFrame, path: Path, *, index: bool = False) -> Path:
 def read_table(path: Path, *, index: bool = False) -> pd.DataFrame:
     """Read a table that `save_table` wrote; `index` when its first column holds the row labels.
 
-    Raises FileNotFoundError with one line that names the notebook to run first when the file is not there.
+    Raises FileNotFoundError with one line that names the notebook to run first when the file is not there, ValueError
+    when it is damaged.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: run notebook {path.parent.name} of this study first")
-    return pd.read_csv(path, index_col=0 if index else None)
+    try:
+        return pd.read_csv(path, index_col=0 if index else None)
+    except ValueError as error:  # pandas' own errors are such
+        raise ValueError(f"{path} is damaged ({error}): delete it and run again") from None
 
 
 def save_json(value: Any, path: Path) -> Path:
@@ -133,6 +141,19 @@ def sample_hash(folder: Path, names: Sequence[str | bytes]) -> str:
         with open(os.path.join(os.fsencode(folder), os.fsencode(name)), "rb") as file:
             digest.update(file.read(2**16))
     return digest.hexdigest()
+
+
+def read_valid(path: Path, form: Any) -> Any:
+    """What a JSON file holds; None where there is none, or it is damaged: no JSON, or not of this form.
+
+    form: a pydantic model or another type, strictly taken; what a file holds beside a model's fields is let through.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        TypeAdapter(form).validate_python(value, strict=True)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value
 
 
 def sha256(path: Path) -> str:

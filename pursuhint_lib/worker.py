@@ -17,17 +17,48 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
+from pydantic import BaseModel, Field, FiniteFloat
 
 from pursuhint_lib.execution import KernelDied, StageFailed
 from pursuhint_lib.status import first_line
-from pursuhint_lib.storage import home, read_json, save_json
+from pursuhint_lib.storage import home, read_valid, save_json
 
-ATTEMPT = "attempt.json"  # {"token", "key", "executor", "id"}: by the driver; id is the executor's name for the job
-WORKER = "worker.{}.json"  # token; {"slurm", "host", "family", "peak_bytes"}: by the job, renewed while it works
-ENDED = "ended.json"  # {"token", "key", "error", "again", "kept", "seconds", "peak_bytes"}: by the job, at its end
+ATTEMPT = "attempt.json"
+WORKER = "worker.{}.json"  # token
+ENDED = "ended.json"
+
+
+class _Attempt(BaseModel):
+    """By the driver. id: the executor's name for the job."""
+
+    token: str
+    key: str
+    executor: str
+    id: str
+
+
+class _Worker(BaseModel):
+    """By the job, renewed while it works. family: number and start of each of its processes."""
+
+    slurm: str
+    host: str
+    family: list[Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]]
+    peak_bytes: int
+
+
+class _Ended(BaseModel):
+    """By the job, at its end."""
+
+    token: str
+    key: str
+    error: str
+    again: bool
+    kept: list[str]
+    seconds: FiniteFloat
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -86,32 +117,25 @@ def may_mend(error: BaseException) -> bool:
 
 def read_attempt(folder: Path) -> dict[str, Any]:
     """What the driver last said of a job, {} when there is nothing that can be read."""
-    return _read(folder / ATTEMPT)
+    return read_valid(folder / ATTEMPT, _Attempt) or {}
 
 
 def read_worker(folder: Path, token: str) -> dict[str, Any]:
     """What the process of this attempt says of itself, {} before it began."""
-    return _read(folder / WORKER.format(token))
+    return read_valid(folder / WORKER.format(token), _Worker) or {}
 
 
 def read_end(folder: Path, token: str) -> dict[str, Any]:
     """How this attempt ended, {} when it has not, or without a word."""
-    found = _read(folder / ENDED)
+    found = read_valid(folder / ENDED, _Ended) or {}
     return found if found.get("token") == token else {}
 
 
 def finished(folder: Path, key: str) -> dict[str, Any]:
     """ENDED of a job that was done well under this key and whose files are all there; else {}."""
-    found = _read(folder / ENDED)
+    found = read_valid(folder / ENDED, _Ended) or {}
     whole = found.get("key") == key and not found["error"] and all((home() / name).exists() for name in found["kept"])
     return found if whole else {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}
 
 
 def _leave(signum: int, _frame: Any) -> None:

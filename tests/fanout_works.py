@@ -23,6 +23,8 @@ def write(name, fault, folder):
     number = len((folder / f"{name}.tries").read_text().split())
     if fault == "killed" or (fault == "killed once" and number == 1):
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "crashed once" and number == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
     if fault == "device" and number == 2:
         raise RuntimeError("CUDA error\nmore of it")
     if fault == "wrong":

@@ -12,8 +12,16 @@ import torchvision.datasets
 from PIL import ExifTags, Image
 
 from pursuhint_lib import data
-from pursuhint_lib.data import Batches, ImageSet, balanced_subset, channel_stats, hold_out
-from pursuhint_lib.data import list_image_folder, load_images, read_image
+from pursuhint_lib.data import (
+    Batches,
+    ImageSet,
+    balanced_subset,
+    channel_stats,
+    hold_out,
+    list_image_folder,
+    load_images,
+    read_image,
+)
 from pursuhint_lib.folders import FolderBatches, load_folders
 
 

@@ -86,12 +86,14 @@ def make_study(home):
     pair |= {"teacher_shape": "16x4x4", "student_shape": "4x8x8", "source": "trained", "redrawn": 0}
     save_table(pd.DataFrame([{"arm": arm} | pair for arm in ARMS if arm.startswith("at")]), distill / "pairs.csv")
     models = {f"{arm}-s{seed}": RUN for arm in ARMS for seed in range(3)}
-    record = {"key": "k", "inputs": {"parameters": PARAMS.model_dump()}, "outputs": {}}
+    record = {"key": "k", "outputs": {}, "seconds": 1.0, "ended": "", "versions": {}, "hardware": {}}
+    made_from = {"notebook": "", "library": {}, "lock": "", "reads": {}}
+    record["inputs"] = made_from | {"parameters": PARAMS.model_dump()}
     record |= {"source": {"commit": "c0ffee", "dirty": True}, "runs": {"notebook": "feed", "models": models}}
     record["runs"]["trained_at"] = {name: {"commit": "decade", "dirty": True} for name in models}
     save_json(record, distill / "record.json")
     unaided = TrainTeacher(study="toy", noise=PARAMS.noise, epochs=3)
-    save_json(record | {"inputs": {"parameters": unaided.model_dump()}}, teach / "record.json")
+    save_json(record | {"inputs": made_from | {"parameters": unaided.model_dump()}}, teach / "record.json")
     return images
 
 

@@ -167,15 +167,16 @@ def test_jobs_that_die_are_tried_once_more_the_others_run_to_their_end_and_nothi
 ):
     root = paths
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,GPU-5")
-    faults = {"first": "", "dies": "killed", "second": "", "dies_once": "killed once", "wrong": "wrong"}
+    faults = {"first": "", "dies": "killed", "second": "", "dies_once": "crashed once", "wrong": "wrong"}
     told, said, ended = run_all(root, faults, gpus="two")
-    assert told.startswith("2 of 5 jobs failed (dies, wrong): job dies: it died (peak memory ")
+    assert told.startswith("2 of 5 jobs failed (dies, wrong): job dies: it died: SIGKILL, killed from outside; ")
     assert told.endswith("; what the others made is kept, the same command goes on")
     assert "\n" not in told and sorted(ended) == ["dies_once", "first", "second"]
     assert [tries(root, name) for name in faults] == [1, 2, 1, 2, 1]
     said = "\n".join(said)
     assert "job wrong: ValueError: learning_rate = -1: should be more than 0; given up (log: " in said
-    assert said.count("job dies: it died") == 2 and said.count("job dies_once: it died") == 1
+    assert said.count("job dies: it died: SIGKILL, killed from outside; peak memory ") == 2
+    assert said.count("job dies_once: it died: SIGSEGV, a crash in native code, not a kill for lack of memory; ") == 1
     for line in said.splitlines():
         assert Path(line.rpartition("log: ")[2].rstrip(")")).exists(), line
     for name in ("first", "second", "dies_once"):
@@ -284,7 +285,8 @@ def test_a_job_still_under_way_in_slurm_is_waited_for_or_cancelled_but_never_dou
     save_json({"slurm": "8", "host": "n", "family": [], "peak_bytes": 0}, left_over("told") / "worker.ttold.json")
     gone = left_over("gone", id="9")
     over = left_over("over", id="10")
-    save_json({"token": "tover", "key": "key", "error": "", "kept": []}, over / worker.ENDED)
+    ended = {"token": "tover", "key": "key", "error": "", "again": False, "kept": [], "seconds": 1.0, "peak_bytes": 1}
+    save_json(ended, over / worker.ENDED)
     said = []
     adopted = {"running": {"id": "7", "token": "trunning"}, "told": {"id": "8", "token": "ttold"}}
     assert settle("s", "04", "key", said.append) == adopted and len(said) == 2
@@ -318,7 +320,9 @@ def test_a_job_whose_time_is_up_goes_on_as_long_as_it_gets_further(queue, monkey
     folder, said = queue.parent / "job", []
 
     def begin(engine, task, name):
-        save_json({"done": next(reached), "total": 9, "text": "", "eta_s": None}, folder / "progress.json")
+        save_json(
+            {"done": next(reached), "total": 9, "text": "", "updated": 0.0, "eta_s": None}, folder / "progress.json"
+        )
         queue.write_text("7|TIMEOUT|TimeLimit\n")
         return "7"
 

@@ -312,7 +312,7 @@ def test_a_study_that_fails_is_tried_once_more_and_the_others_go_on(toys, capsys
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("toys-0_5 failed 2 times: 01_make stopped in cell [5]: ValueError: damaged; log: ")
     assert captured.err.endswith("runs/grids/toys/toys-0_5.log\n")
-    assert "toys-0_6 failed and is tried once more: killed by SIGKILL\n" in captured.out
+    assert "toys-0_6 failed and is tried once more: SIGKILL, killed from outside\n" in captured.out
     assert "grid toys: 2 of 3 studies done\n" in captured.out
 
 

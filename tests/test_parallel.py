@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pursuhint_lib import parallel
+from pursuhint_lib import deaths, parallel
 from pursuhint_lib.arms import Distillation, kept_file, split_timings, study_arms
 from pursuhint_lib.data import Batches
 from pursuhint_lib.features import FrozenTeacher, layer_table
@@ -337,7 +337,8 @@ def test_killed_processes_and_launchers_leave_no_orphan_and_the_job_goes_on_to_t
     with pytest.raises(RuntimeError) as error:
         train(params)
     killer.join()
-    assert str(error.value).startswith("process 2 of 2 was killed by signal 9; ") and "\n" not in str(error.value)
+    assert str(error.value).startswith("process 2 of 2 died: SIGKILL, killed from outside; all that was said is in ")
+    assert "\n" not in str(error.value)
     assert "goes on from the last checkpoint" in str(error.value) and not workers_of(os.getpid())
     assert (job_folder("killed", JOB) / "together.log").stat().st_size
 
@@ -348,24 +349,26 @@ def test_killed_processes_and_launchers_leave_no_orphan_and_the_job_goes_on_to_t
     assert before == {path: path.stat().st_mtime_ns for path in run_folder("killed", FOURTH).glob("networks/*")}
 
 
-def test_the_line_names_the_process_that_died_first_and_how(tmp_path):
+def test_the_line_names_the_process_that_died_first_and_how(tmp_path, monkeypatch):
     for rank, seconds, error in ((0, 2.0, "RuntimeError: Connection closed by peer"), (1, 1.0, "ValueError: no")):
         (tmp_path / f"error-{rank}.json").write_text(json.dumps({"rank": rank, "time": seconds, "error": error}))
+    monkeypatch.setattr(deaths, "oom_kills", lambda: 0)
     log = tmp_path / "together.log"
     log.write_text("\n")
-    assert _what_died(tmp_path, 2, 1) == "process 2 of 2 stopped: ValueError: no"
+    assert _what_died(tmp_path, 2, 1, 0) == "process 2 of 2 stopped: ValueError: no"
     log.write_text("[0]:\n  rank      : 0 (local_rank: 0)\n  exitcode  : 1 (pid: 7)\n")
-    assert _what_died(tmp_path, 2, 1) == "process 2 of 2 stopped: ValueError: no"
+    assert _what_died(tmp_path, 2, 1, 0) == "process 2 of 2 stopped: ValueError: no"
     ends = "".join(f"[{n}]:\n  rank      : {n} (local_rank: {n})\n  exitcode  : {{{n}}} (pid: 7)\n" for n in (0, 1))
     for codes, who in (
-        ((-15, -9), "process 2 of 2 was killed by signal 9"),  # torchrun ends the other by SIGTERM
-        ((-9, -15), "process 1 of 2 was killed by signal 9"),
-        ((1, -9), "process 2 of 2 was killed by signal 9"),  # whose end is the other's exception
-        ((-15, -15), "process 2 of 2 was killed by signal 15"),  # torchrun names the first last
+        ((-15, -9), "process 2 of 2 died: SIGKILL, killed from outside"),  # torchrun ends the other by SIGTERM
+        ((-9, -15), "process 1 of 2 died: SIGKILL, killed from outside"),
+        ((1, -9), "process 2 of 2 died: SIGKILL, killed from outside"),  # whose end is the other's exception
+        ((-15, -15), "process 2 of 2 died: SIGTERM, killed from outside"),  # torchrun names the first last
         ((-15, 1), "process 2 of 2 stopped: ValueError: no"),
+        ((-11, -15), "process 1 of 2 died: SIGSEGV, a crash in native code, not a kill for lack of memory"),
     ):
         log.write_text(ends.format(*codes))
-        assert _what_died(tmp_path, 2, 1) == who
+        assert _what_died(tmp_path, 2, 1, 0) == who
 
 
 def test_networks_that_several_processes_are_to_keep_elsewhere_are_refused(home, tmp_path):

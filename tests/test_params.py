@@ -1,9 +1,14 @@
 """Parameter files: every mistake is one line that names file, key, value and what is allowed."""
 
+import os
+from pathlib import Path
+
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from pursuhint_lib import data, params
+from pursuhint_lib.grid import read_grid
 from pursuhint_lib.params import (
     COMMON,
     PARAMS_FOLDER,
@@ -99,8 +104,13 @@ def test_a_decimal_number_is_read_as_it_looks(tmp_path, written):
         ("common__epochs", "ten", ["common.epochs = 'ten'", "integer"]),
         ("common__epochs", 0, ["common.epochs = 0", "greater than or equal to 1"]),
         ("common__epochs", True, ["common.epochs = True", "number"]),
-        ("common__learning_rate", -1, ["common.learning_rate = -1", "greater than 0"]),
-        ("common__learning_rate", float("inf"), ["common.learning_rate = inf", "finite"]),
+        ("common__learning_rate", -1, ["common.learning_rate = -1", "greater than or equal to 0.000000001"]),
+        ("common__learning_rate", float("inf"), ["common.learning_rate = inf", "less than or equal to"]),
+        ("common__threads", 100_000, ["common.threads = 100000", "less than or equal to 1024"]),
+        ("common__noise", 1e308, ["common.noise = 1e+308", "less than or equal to 100"]),
+        ("common__evaluation_repeats", 10**6, ["common.evaluation_repeats = 1000000", "less than or equal to 1000"]),
+        ("common__device", "cuda:99999999999999999999", ["common.device = 'cuda:9999"]),
+        ("distill_students__temperature", 1e-300, ["temperature = 1e-300", "greater than or equal to 0.01"]),
         ("common__data", "digit", ["common.data = 'digit'", "'digits'", "'cifar100'"]),
         ("common__seeds", [0, 0], ["common.seeds", "0 twice"]),
         ("common__processes", 33, ["common.processes = 33", "a batch of 64", "fewer than 2 images", "1 to 32"]),
@@ -177,6 +187,7 @@ def test_a_name_that_the_library_does_not_know_is_one_line(tmp_path, place, valu
         ({"validation_per_class": 122}, ["validation_per_class = 122", "1 to 121"]),
         ({"data": "cifar10", "validation_per_class": 5000}, ["validation_per_class = 5000", "1 to 4999"]),
         ({"image_size": 8}, ["image_size = 8", "allowed: 0"]),
+        ({"crop_padding": 8}, ["crop_padding = 8", "nothing of an image of 8 pixels", "allowed: 0 to 7"]),
         ({"data": "image_folder"}, ["image_size = 0", "allowed: 1 or more"]),
         ({"streaming": True}, ["streaming = True", "digits lies in memory"]),
         ({**STREAMED, "noise": 0.1}, ["noise = 0.1", "not with streaming", "allowed: 0"]),
@@ -307,6 +318,8 @@ def test_the_image_folder_is_the_one_that_the_images_are_read_from(tmp_path, hom
         ("a: [", "not valid YAML at line"),
         ("- 1", "should hold the sections"),
         ("common: 3", "section common = 3"),
+        (f"common: {'[' * 1000}{']' * 1000}", "smoke.yaml: is nested too deeply"),
+        ("common: {noise: 2001-99-99}", "not valid YAML .month must be in 1..12"),
     ],
 )
 def test_a_file_that_is_no_parameter_file_is_one_line(tmp_path, content, says):
@@ -315,6 +328,29 @@ def test_a_file_that_is_no_parameter_file_is_one_line(tmp_path, content, says):
     with pytest.raises(ParameterError, match=says) as error:
         load_params(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (Path.mkdir, "is no file"),
+        (os.mkfifo, "is no file"),
+        (lambda path: path.symlink_to("/proc/self/mem"), "cannot be read .Input/output error"),
+    ],
+)
+@pytest.mark.parametrize(("read", "file"), [(load_params, "/x.yaml"), (read_grid, "params/grids/x.yaml")])
+def test_what_cannot_be_read_as_a_file_is_one_line(tmp_path, make, says, read, file):
+    make(tmp_path / "x.yaml")
+    with pytest.raises(ParameterError, match=f"{file}: {says}"):
+        read(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("model", STAGES.values())
+@pytest.mark.parametrize("beyond", [10**30, -(10**30)])
+def test_every_number_has_both_ends(model, beyond):
+    for name in (name for name, field in model.model_fields.items() if field.annotation in (int, float)):
+        with pytest.raises(ValidationError, match=rf"^1 validation error for {model.__name__}\n{name}\n"):
+            model(**{name: beyond})
 
 
 def test_an_unknown_study_is_answered_with_those_there_are():

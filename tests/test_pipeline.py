@@ -17,12 +17,12 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from pursuhint_lib import execution, records, tracking, tracking_notebook, tracking_store
+from pursuhint_lib import deaths, execution, records, tracking, tracking_notebook, tracking_store, worker
 from pursuhint_lib.live import study_seconds_left
 from pursuhint_lib.params import PARAMS_FOLDER, ParameterError, load_params
-from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, is_finished, main
-from pursuhint_lib.progress import Progress, duration
-from pursuhint_lib.storage import REPOSITORY, home
+from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, is_finished, main, one_line
+from pursuhint_lib.progress import Progress, duration, read_progress
+from pursuhint_lib.storage import REPOSITORY, home, save_json
 from pursuhint_lib.verdict import compare_results, judge
 
 # --- A toy study. It is also imported by the child processes that the tests start and kill.
@@ -65,7 +65,10 @@ folder = Path(os.environ["PURSUHINT_HOME"], "runs", study, "01_make")
 print("working in", os.environ["PURSUHINT_HOME"] + "/runs")""",
     """if fault == "raise": raise ValueError(f"damaged checkpoint {study}: delete it\\nsecond line")
 if fault == "exit": sys.exit(0)
-if fault == "die": os.kill(os.getpid(), 9)
+if fault.startswith("SIG"):
+    os.write(2, b"free(): invalid pointer\\n")
+    import signal
+    os.kill(os.getpid(), signal.Signals[fault])
 if fault == "full": raise OSError(28, "No space left on device")
 if fault == "forget": raise SystemExit""",
     """progress = Progress(folder, 4, "part")
@@ -362,7 +365,7 @@ def test_the_study_file_is_checked_without_running(toy, capsys):
             "01_make stopped in cell [4]: ValueError: damaged checkpoint toy: delete it; notebook as it stopped: ",
         ),
         ("exit", "01_make ended early in cell [4]: SystemExit: 0; notebook as it stopped: "),
-        ("die", "01_make: the kernel died in cell [4] (peak memory "),
+        ("SIGKILL", "01_make: the kernel died in cell [4]: SIGKILL, killed from outside"),
         ("full", "the disk is full ("),
     ],
 )
@@ -376,9 +379,43 @@ def test_a_notebook_that_fails_is_one_line_and_a_failed_run(toy, capsys, fault, 
     assert not (toy.make / "record.json").exists() and not (toy.root / "reports/toy/notebooks/01_make.ipynb").exists()
     notebook = nbformat.read(toy.make / "failed.ipynb", 4)
     code = [cell.metadata.papermill for cell in notebook.cells if cell.cell_type == "code"]
-    if fault == "die":  # papermill calls all of them completed
+    if fault == "SIGKILL":  # papermill calls all of them completed
         assert [cell.status for cell in code] == ["completed"] * 3 + ["failed"] + ["pending"] * 2
-        assert "likely out of memory" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("fault", "memory", "how"),
+    [
+        ("SIGSEGV", 2**40, "SIGSEGV, a crash in native code, not a kill for lack of memory"),
+        ("SIGABRT", 2**40, "SIGABRT, a crash in native code, not a kill for lack of memory"),
+        ("SIGKILL", 2**40, "SIGKILL, killed from outside"),
+        ("SIGKILL", 2**20, "SIGKILL, out of memory"),
+        ("SIGTERM", 2**20, "SIGTERM, killed from outside"),
+    ],
+)
+def test_a_kernel_that_died_says_how_and_what_it_said_last(toy, capsys, monkeypatch, fault, memory, how):
+    monkeypatch.setattr(deaths, "memory_limit", lambda: memory)
+    toy.set(**{"01_make": {"fault": fault}})
+    assert toy.run() == 1
+    told = capsys.readouterr().err
+    assert f"the kernel died in cell [4]: {how}; peak memory " in told and told.count("\n") == 1
+    assert f"of {memory / 2**30:.1f} GB; it said last: free(): invalid pointer; notebook as it stopped: " in told
+    said = (toy.make / "failed.txt").read_text()
+    crashed = how.startswith(("SIGSEGV", "SIGABRT"))
+    assert ("Fatal Python error: " in said and "most recent call first" in said) == crashed
+
+
+def test_a_kill_that_the_system_counts_among_those_for_lack_of_memory_is_one_of_them(monkeypatch):
+    before = deaths.oom_kills()
+    monkeypatch.setattr(deaths, "oom_kills", lambda: before + 1)
+    assert deaths.way_of_death(-signal.SIGKILL, before) == "SIGKILL, out of memory"
+    assert deaths.way_of_death(-signal.SIGKILL, before + 1) == "SIGKILL, killed from outside"
+
+
+def test_a_kernel_that_dies_before_its_first_cell_says_how(toy, capsys, monkeypatch):
+    monkeypatch.setattr(execution.sys, "executable", "/bin/false")
+    assert toy.run() == 1
+    assert "the kernel died before its first cell: it ended by itself with exit code 1" in capsys.readouterr().err
 
 
 def test_an_expected_file_that_is_missing_is_a_failure(toy, capsys):
@@ -579,6 +616,106 @@ def test_numbers_are_compared_with_the_published_ones_when_the_study_was_never_r
     shutil.rmtree(toy.root / "runs")
     assert toy.run() == 0
     assert capsys.readouterr().out.splitlines()[-2] == "verdict: reproduced exactly: 2 tables with the same bytes"
+
+
+def damage(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_damaged_files_of_a_study_are_made_again_and_cost_no_result(toy, capsys):
+    assert toy.run() == 0
+    runs = toy.root / "runs/toy"
+    (runs / "previous").mkdir(exist_ok=True)
+    shutil.copyfile(toy.judge / "results.csv", runs / "previous/results.csv")
+    (runs / "previous/records.json").write_text('{"01_make": {"outputs": {}}}')
+    damage(toy.make / "record.json", inputs={"parameters": {}})
+    damage(runs / "status.json", to_redo=7, seconds={"01_make": "1"})
+    damage(runs / "verdict.json", text=None)
+    (runs / "shown.json").write_text("[1]")
+    (toy.make / "progress.json").write_text('{"done": 1}')
+    assert main(["status", "toy"], toy_sources(toy.root)) == 0
+    assert "not run yet" in capsys.readouterr().out
+    assert toy.run() == 0 and toy.run() == 0
+    captured = capsys.readouterr()
+    assert "[1/2] 01_make (not done yet)" in captured.out and captured.err == ""
+    assert "[2/2] 02_judge: done before, kept" in captured.out and "nothing to do: all 2" in captured.out
+    assert toy.trained() == ["0", "1", "2", "3"]  # once
+
+
+def test_a_folder_in_a_files_place_is_one_line_that_names_it(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "report.html").mkdir()
+    with pytest.raises(OSError) as error:
+        save_json({}, home / "report.html")
+    assert one_line(error.value) == "report.html: Is a directory"
+
+
+WHOLE = {
+    "record.json": {
+        "key": "k",
+        "inputs": {"parameters": {}, "notebook": "", "library": {}, "lock": "", "reads": {}},
+        "outputs": {"a.csv": "0"},
+        "runs": {"notebook": "r", "models": {}, "trained_at": {}},
+        "source": {},
+        "versions": {},
+        "hardware": {},
+        "seconds": 1.5,
+        "ended": "",
+    },
+    "progress.json": {"done": 1, "total": 2, "text": "", "updated": 1.0, "eta_s": None},
+    "ended.json": {
+        "token": "t",
+        "key": "k",
+        "error": "",
+        "again": False,
+        "kept": ["a"],
+        "seconds": 1.0,
+        "peak_bytes": 1,
+    },
+    "worker.t.json": {"slurm": "", "host": "h", "family": [[7, 1.5]], "peak_bytes": 1},
+}
+READ = {
+    "record.json": records.read_record,
+    "progress.json": read_progress,
+    "ended.json": lambda folder: worker.read_end(folder, "t"),
+    "worker.t.json": lambda folder: worker.read_worker(folder, "t"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("odd", [None, [], {}, "text", float("inf")])
+def test_a_file_with_a_value_of_another_kind_or_without_it_is_damaged(tmp_path, name, odd):
+    whole = WHOLE[name]
+    (tmp_path / name).write_text(json.dumps(whole))
+    assert READ[name](tmp_path) == whole
+    for key in whole:
+        fits = isinstance(odd, type(whole[key])) and odd != float("inf")
+        (tmp_path / name).write_text(json.dumps(whole | {key: odd}))
+        assert fits or not READ[name](tmp_path), key
+        (tmp_path / name).write_text(json.dumps({other: whole[other] for other in whole if other != key}))
+        assert not READ[name](tmp_path), key
+    for text in ("", "[" * 100_000, json.dumps(odd)):
+        (tmp_path / name).write_text(text)
+        assert not READ[name](tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("runs/toy/.lock/x", "runs/toy/.lock: Is a directory"),
+        ("runs/toy/01_make/record.json/x", "runs/toy/01_make/record.json: Is a directory"),
+        ("reports/toy", "reports/toy/notebooks: a file is where this folder should be; move it away"),
+    ],
+)
+def test_what_lies_where_a_file_or_folder_of_the_study_should_be_is_one_line_before_anything_runs(
+    toy, capsys, name, told
+):
+    (toy.root / name).parent.mkdir(parents=True)
+    (toy.root / name).touch()
+    assert toy.run() == 1
+    captured = capsys.readouterr()
+    assert captured.err.endswith(f"{told}\n") and captured.err.count("\n") == 1
+    assert not toy.trained()
 
 
 def test_a_lock_file_of_a_dead_driver_does_not_stop_anyone(toy):

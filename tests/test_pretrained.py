@@ -8,10 +8,12 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from torch import nn
 
 from pursuhint_lib import storage
+from pursuhint_lib.data import Batches, ImageSet
 from pursuhint_lib.models import build_model, load_model, save_model, state_hash
-from pursuhint_lib.pretrained import check_source, load_weights
+from pursuhint_lib.pretrained import check_source, keep_pretrained, load_weights
 
 
 def network(classes=5, seed=0):
@@ -96,6 +98,17 @@ def test_auxiliary_heads_are_left_out_and_input_is_transformed_as_the_weights_wa
             assert torch.equal(again(images), expected) and again.spec == mine.spec
     with pytest.raises(ValueError, match="resnet18 cannot transform its input"):
         build_model("resnet18", 2, transform_input=True)
+
+
+@pytest.mark.parametrize(("value", "says"), [(0.0, "the same for every image"), (torch.nan, "not all finite")])
+def test_a_teacher_whose_weights_say_nothing_is_refused_before_anything_is_trained(home, value, says):
+    images = ImageSet(torch.randint(255, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2, ["a", "b"])
+    silent = build_model("resnet8_w4", 2)
+    for parameter in silent.parameters():
+        nn.init.constant_(parameter, value)
+    with pytest.raises(ValueError, match=f"^teacher resnet8_w4: its logits are {says}.*teach nothing") as error:
+        keep_pretrained(home, silent, 0, Batches(images, 4, mean=torch.zeros(3), std=torch.ones(3)))
+    assert "\n" not in str(error.value) and not list(home.rglob("*.safetensors"))
 
 
 class Code:

@@ -252,6 +252,9 @@ def _history(arms, seeds, epochs):
     return pd.DataFrame(rows)
 
 
+MADE_FROM = {"notebook": "", "library": {}, "lock": "", "reads": {}}
+
+
 def _record(stage, number):
     """As `pipeline` writes it, cut to what the report shows."""
     models = (
@@ -262,12 +265,12 @@ def _record(stage, number):
     # Students of seed 0 were trained before the notebook ran for the last time, with changes that were not committed.
     trained_at = {name: {"commit": "abcdef0" * 5, "dirty": True} for name in models if name.endswith("-s0")}
     trained_at |= {name: {"commit": f"{number}c" * 20, "dirty": False} for name in models if name not in trained_at}
-    arithmetic = {"device": "cpu", "precision": "float32", "memory_format": "contiguous_format", "cpu_capability": "AVX2"}
+    arithmetic = {"precision": "float32", "memory_format": "contiguous_format", "cpu_capability": "AVX2"}
     trained_at = {name: about | {"arithmetic": arithmetic} for name, about in trained_at.items()}
     return {
         "stage": stage,
         "key": f"{number}f" * 32,
-        "inputs": {"parameters": {"study": "toy", "epochs": 3, "seeds": [0, 1]}},
+        "inputs": {"parameters": {"study": "toy", "epochs": 3, "seeds": [0, 1]}} | MADE_FROM,
         "outputs": {},
         "runs": {"notebook": f"{number}e" * 16, "models": models, "trained_at": trained_at},
         "source": {"commit": f"{number}c" * 20, "dirty": number == 3},

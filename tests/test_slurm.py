@@ -218,7 +218,7 @@ def test_a_killed_job_is_begun_again_and_one_that_sbatch_refuses_is_one_line(clu
     works = works_of(tmp_path, good="", dies_once="killed once")
     fleet.run(works, {}, lambda work: ended.append(work.name), lambda beat, lines: None)
     assert sorted(ended) == ["dies_once", "good"] and len(said) == 1
-    assert said[0].startswith("job dies_once: it died (") and "killed from outside, or out of memory" in said[0]
+    assert said[0].startswith("job dies_once: it died: a crash, or killed from outside, or out of memory")
     assert Path(said[0].rpartition("log: ")[2].rstrip(")")).exists()
     assert (tmp_path / "good.txt").read_text().split()[:3] == ["7", "1", tmp_path.name]
 
