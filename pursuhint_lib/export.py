@@ -494,10 +494,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("study", help="a study that has been run, for example digits")
     parser.add_argument("--arm", default="", help="else the best aided arm on validation")
-    parser.add_argument("--seed", help="else the arm's best seed on validation")
+    parser.add_argument("--seed", default="", help="else the arm's best seed on validation")
     options = parser.parse_args(arguments)
     try:
-        export_student(options.study, options.arm, options.seed)
+        export_student(options.study, options.arm, options.seed or None)
     except Exception as error:
         if os.environ.get("PURSUHINT_DEBUG"):
             traceback.print_exc()

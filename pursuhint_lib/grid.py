@@ -86,11 +86,10 @@ class Grid:
 
 def grid_file(grid: str) -> Path:
     """The file of a grid, by its name in ``params/grids/``. Raises ParameterError listing the grids there are."""
-    path = GRIDS_FOLDER / f"{grid}.yaml"
-    if not path.exists():
-        there = sorted(path.stem for path in GRIDS_FOLDER.glob("*.yaml"))
+    there = sorted(path.stem for path in GRIDS_FOLDER.glob("*.yaml"))
+    if grid not in there:
         raise ParameterError(f"no grid {grid!r}: params/grids/ holds {', '.join(there)}{nearest(grid, there)}")
-    return path
+    return GRIDS_FOLDER / f"{grid}.yaml"
 
 
 def read_grid(path: Path) -> Grid:
