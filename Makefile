@@ -24,8 +24,9 @@ STUDY_IS_FROM := $(origin STUDY)
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 export $(GIVEN)
 
-# No environment of another project leaks in, and nothing phones home.
+# No environment of another project leaks in, files hold UTF-8 in every locale, and nothing phones home.
 unexport PYTHONPATH PYTHONHOME PYTHONWARNINGS
+export PYTHONUTF8 := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
@@ -53,8 +54,8 @@ help: ## explain the targets
 	@echo "  SLURM='...'   options of sbatch                    make reproduce EXECUTOR=slurm SLURM='time=600'"
 	@echo "  ARM=, SEED=   which student to export              make export ARM=kd SEED=0"
 	@echo "  DATA=folder   where the images lie                 make reproduce STUDY=cifar100_quick DATA=/data"
-	@echo "  ARGS='...'    options for test, lab, ui and bench, make test ARGS='-k hints'"
-	@echo "                as a shell reads them"
+	@echo "  ARGS='...'    handed to test, lab, ui and bench    make test ARGS='-k hints'"
+	@echo "                by the shell, quotes and all"
 	@echo "  PYTHON=path   the Python to set up with (3.11 to 3.14)"
 
 # A study ends with the make that started it, also where that is killed.

@@ -18,6 +18,7 @@ import pandas as pd
 
 from pursuhint_lib import plots
 from pursuhint_lib.choices import choose_number, embed_layers, from_pairs
+from pursuhint_lib.command import run_command
 from pursuhint_lib.hints import METHODS, HintPoints, LayerClustering
 from pursuhint_lib.landscape import landscape_facts, layer_effects, placement, position_curve, subset_table
 from pursuhint_lib.params import STAGES, nearest
@@ -488,4 +489,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from pursuhint_lib.arms import kept_file, parse_method
+from pursuhint_lib.command import run_command
 from pursuhint_lib.comparison import best_on_validation, mean_interval
 from pursuhint_lib.data import Batches, balanced_subset
 from pursuhint_lib.evaluation import accuracy, count_macs, count_parameters
@@ -510,4 +511,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

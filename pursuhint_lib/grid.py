@@ -38,6 +38,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from pursuhint_lib.command import run_command
 from pursuhint_lib.fanout import FanOut, add_options, visible_gpus, whole_number
 from pursuhint_lib.live import LiveLine, stage_line, study_seconds_left
 from pursuhint_lib.params import (
@@ -589,4 +590,4 @@ def _tell_of_results(grid: Grid, run: _Run, tables: Sequence[Path], live: LiveLi
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -7,6 +7,7 @@ import sys
 import urllib.parse
 from typing import NamedTuple
 
+from pursuhint_lib.command import run_command
 from pursuhint_lib.tracking_store import QUIET, TrackingError, artifact_root, open_client, relocate, tracking_uri
 
 HEADLINE = "final/val_acc1"
@@ -117,4 +118,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -251,9 +251,12 @@ def test_a_data_folder_reaches_the_commands_whole_and_absolute(given, seen):
     assert make(show, "show", f"DATA={given}").stdout.rstrip("\n") == seen
 
 
-def test_commands_run_without_telemetry_and_without_a_foreign_python_path():
-    show = "--eval=show: ; @printenv MLFLOW_DISABLE_TELEMETRY DO_NOT_TRACK; printenv PYTHONPATH || echo unset"
-    assert make(show, "show", PYTHONPATH="/elsewhere").stdout.split() == ["true", "true", "unset"]
+def test_commands_run_without_telemetry_and_without_what_another_project_asks_of_python():
+    show = (
+        "--eval=show: ; @printenv MLFLOW_DISABLE_TELEMETRY DO_NOT_TRACK PYTHONUTF8; printenv PYTHONPATH PYTHONWARNINGS"
+    )
+    shown = make(show, "show", PYTHONPATH="/elsewhere", PYTHONWARNINGS="error", PYTHONUTF8="0").stdout.split()
+    assert shown == ["true", "true", "1"]
 
 
 def test_a_venv_counts_as_ready_only_when_complete_for_this_lock_and_this_folder(tmp_path, monkeypatch):
@@ -326,6 +329,14 @@ def test_make_clean_removes_what_running_made_but_nothing_while_a_study_or_a_gri
     clean.clean()
     left = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert left == set(kept) and not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_read_or_written_ends_set_up_with_one_line(tmp_path):
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "setup_venv.py", tmp_path / "tools")
+    done = subprocess.run([sys.executable, "tools/setup_venv.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Set-up stopped: [Errno 2]") and "requirements.lock" in done.stderr
 
 
 def test_an_unusable_python_ends_set_up_with_one_clear_line():

@@ -297,7 +297,6 @@ def test_what_is_no_name_is_refused_in_one_line_as_a_study_a_grid_and_a_report(n
     assert ": reports/ holds smoke" in said and said.count("\n") == 1
 
 
-
 def test_networks_that_several_processes_train_take_their_steps_in_turn(tmp_path):
     assert load(tmp_path, common__processes=2, common__sync_batch_norm=True)["01_train_teacher"].workers == 1
     for section in ("train_teacher", "distill_students"):

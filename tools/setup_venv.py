@@ -187,13 +187,14 @@ def spoken(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    with contextlib.suppress(OSError):  # closed, or a full disk: nobody hears it, and the set-up goes on
+        os.write(1, f"{text}\n".encode())
 
 
 if __name__ == "__main__":
     try:
         main()
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         sys.exit(f"Set-up stopped: {error}. Nothing is lost: the same command starts it again.")
     except KeyboardInterrupt:
         print("\nSet-up interrupted; the same command starts it again.", file=sys.stderr)
