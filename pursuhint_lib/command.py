@@ -5,7 +5,6 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 # What a driver or a notebook's kernel needs, found by trying. Terminals allow more; services and queues may not.
@@ -33,7 +32,7 @@ def _trouble() -> str:
                 return f"this process may have {most / unit:.3g} {what}: at least {needed} are needed"
             resource.setrlimit(kind, (needed * unit, most))
     named = os.environ.get("PURSUHINT_HOME", "")
-    if Path(named).exists() and not Path(named).is_dir():
+    if os.path.exists(named) and not os.path.isdir(named):
         return f"PURSUHINT_HOME = {named!r}: should be a folder, and is a file"
     return ""
 
