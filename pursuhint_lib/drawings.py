@@ -18,9 +18,10 @@ import pandas as pd
 
 from pursuhint_lib import plots
 from pursuhint_lib.choices import choose_number, embed_layers, from_pairs
+from pursuhint_lib.command import run_command
 from pursuhint_lib.hints import METHODS, HintPoints, LayerClustering
 from pursuhint_lib.landscape import landscape_facts, layer_effects, placement, position_curve, subset_table
-from pursuhint_lib.params import STAGES
+from pursuhint_lib.params import STAGES, nearest
 from pursuhint_lib.records import Record
 from pursuhint_lib.status import first_line, short
 from pursuhint_lib.storage import home, read_json, read_table, read_valid
@@ -474,8 +475,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m pursuhint_lib.drawings", description="Draw a published study's figures again from its tables."
     )
     parser.add_argument("study", help="a folder of reports/, for example digits")
-    reports = home() / "reports" / parser.parse_args(arguments).study
+    study = parser.parse_args(arguments).study
+    there = sorted(path.parent.name for path in (home() / "reports").glob("*/records.json"))
+    reports = home() / "reports" / study
     try:
+        if study not in there:  # a name, where a path might lead elsewhere
+            raise ValueError(f"no study {study!r}: reports/ holds {', '.join(there) or 'none'}{nearest(study, there)}")
         written = redraw(reports, reports / "figures")
     except (OSError, ValueError, KeyError) as error:
         print(first_line(error) or type(error).__name__, file=sys.stderr)
@@ -485,4 +490,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

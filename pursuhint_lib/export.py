@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from pursuhint_lib.arms import kept_file, parse_method
+from pursuhint_lib.command import run_command
 from pursuhint_lib.comparison import best_on_validation, mean_interval
 from pursuhint_lib.data import Batches, balanced_subset
 from pursuhint_lib.evaluation import accuracy, count_macs, count_parameters
@@ -494,10 +495,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("study", help="a study that has been run, for example digits")
     parser.add_argument("--arm", default="", help="else the best aided arm on validation")
-    parser.add_argument("--seed", help="else the arm's best seed on validation")
+    parser.add_argument("--seed", default="", help="else the arm's best seed on validation")
     options = parser.parse_args(arguments)
     try:
-        export_student(options.study, options.arm, options.seed)
+        export_student(options.study, options.arm, options.seed or None)
     except Exception as error:
         if os.environ.get("PURSUHINT_DEBUG"):
             traceback.print_exc()
@@ -510,4 +511,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

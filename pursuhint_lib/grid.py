@@ -38,6 +38,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from pursuhint_lib.command import run_command
 from pursuhint_lib.deaths import oom_kills, way_of_death
 from pursuhint_lib.fanout import FanOut, add_options, visible_gpus, whole_number
 from pursuhint_lib.live import LiveLine, stage_line, study_seconds_left
@@ -87,11 +88,10 @@ class Grid:
 
 def grid_file(grid: str) -> Path:
     """The file of a grid, by its name in ``params/grids/``. Raises ParameterError listing the grids there are."""
-    path = GRIDS_FOLDER / f"{grid}.yaml"
-    if not path.exists():
-        there = sorted(path.stem for path in GRIDS_FOLDER.glob("*.yaml"))
+    there = sorted(path.stem for path in GRIDS_FOLDER.glob("*.yaml"))
+    if grid not in there:
         raise ParameterError(f"no grid {grid!r}: params/grids/ holds {', '.join(there)}{nearest(grid, there)}")
-    return path
+    return GRIDS_FOLDER / f"{grid}.yaml"
 
 
 def read_grid(path: Path) -> Grid:
@@ -592,4 +592,4 @@ def _tell_of_results(grid: Grid, run: _Run, tables: Sequence[Path], live: LiveLi
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -271,8 +271,8 @@ def study_file(study: str) -> Path:
     """
     folders = [PARAMS_FOLDER, *sorted((home() / "runs" / "grids").glob("*/params"))]
     for folder in folders:
-        if (path := folder / f"{study}.yaml").exists():
-            return path
+        if f"{study}.yaml" in os.listdir(folder):  # a name, where a path might lead elsewhere
+            return folder / f"{study}.yaml"
     there = sorted(path.stem for path in PARAMS_FOLDER.glob("*.yaml"))
     of_grids = [path.stem for folder in folders[1:] for path in folder.glob("*.yaml")]
     hint = nearest(study, [*there, *of_grids])

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from pursuhint_lib import records, tracking
+from pursuhint_lib.command import run_command
 from pursuhint_lib.execution import Execution, StageFailed, copy_whole, kernel_environment, publish, run_notebook
 from pursuhint_lib.fanout import FanOut, Fleet, Work, add_options, settle
 from pursuhint_lib.jobs import Job, job_folder, jobs_of, run_job
@@ -209,7 +210,6 @@ def main(arguments: list[str] | None = None, sources: Sources | None = None) -> 
     options = parser.parse_args(arguments)
     sources = sources or Sources()
     with noted_signals() as stop:
-        _end_with_parent()
         try:
             if options.verb == "reproduce":
                 asked = (options.executor, options.jobs, options.cores, options.gpus, options.slurm)
@@ -419,6 +419,9 @@ class Driver:
         self.live.draw("starting: torch, MLflow and papermill are imported")
         report_folder(self.study, "notebooks")  # before anything runs: it may be that it cannot be made
         self.sources.check(self.params, self.file)
+        for folder in (run_folder(self.study), report_folder(self.study)):
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, "cannot be written", str(folder))
         self.stop.check()
         if os.environ.get("MLFLOW_TRACKING_URI"):
             tracking.open_experiment(self.study)  # a store that the user names has to be there
@@ -798,7 +801,8 @@ class StopFlag:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[StopFlag]:
-    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; a second one ends the driver at once.
+    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; a second one ends the driver at once. The death of the
+    process that started it counts as SIGTERM, see `_end_with_parent`.
 
     A shell without job control starts background commands with SIGINT ignored; here it is heeded all the same.
     """
@@ -815,6 +819,7 @@ def noted_signals() -> Iterator[StopFlag]:
             if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
                 continue  # nohup
             before[signum] = signal.signal(signum, note)
+        _end_with_parent()
     try:
         yield flag
     finally:
@@ -823,8 +828,9 @@ def noted_signals() -> Iterator[StopFlag]:
 
 
 def _end_with_parent() -> None:
-    """Stop as for SIGTERM when the process that started this one dies: a driver of many studies sets $PURSUHINT_PARENT,
-    because one that is killed cannot stop them. Kernels do the same with their driver.
+    """Stop as for SIGTERM when the process that started this one dies: make and a driver of many studies give their
+    number as $PURSUHINT_PARENT, because one that is killed cannot stop what it has started. Kernels do the same with
+    their driver.
     """
     parent = os.environ.pop("PURSUHINT_PARENT", "")  # not for those that this process starts
 
@@ -847,7 +853,7 @@ def one_line(error: BaseException) -> str:
         if (isinstance(cause, OSError) and cause.errno == errno.ENOSPC) or "No space left on device" in str(cause):
             free = shutil.disk_usage(home()).free / 2**20
             return (
-                f"the disk is full ({short(home())}, {free:.0f} MB free): {first_line(error)}; "
+                f"a disk is full (that of {short(home())} has {free:.0f} MB free): {first_line(error)}; "
                 "make room, the same command goes on"
             )
         cause = cause.__cause__
@@ -859,4 +865,4 @@ def one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -44,10 +44,11 @@ def source_state(repository: Path = REPOSITORY) -> dict[str, Any]:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     """What git prints, or None when there is no git, no checkout or no commit."""
+    # Another user's folder, at which git would not look otherwise, is trusted: its code runs at this moment.
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # looking must never make someone else's git command fail
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
+            ["git", "-c", f"safe.directory={Path(folder).resolve()}", "-C", str(folder), *arguments],
             capture_output=True,
             text=True,
             timeout=30,

@@ -129,7 +129,9 @@ def read_verdict(study: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def study_lock(study: str) -> Iterator[None]:
     """Hold the study. The system lets go of it when the process ends, however it ends, so it is never stale."""
-    with open(run_folder(study) / ".lock", "a+") as lock:
+    path = run_folder(study) / ".lock"
+    read_only = path.exists() and not os.access(path.parent, os.W_OK)  # a finished study needs no more
+    with open(path, "r" if read_only else "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -138,9 +140,10 @@ def study_lock(study: str) -> Iterator[None]:
                 f"study {study} is being run by {lock.read() or 'another process'}; "
                 f"'{command_line('status', study)}' shows how far it is"
             ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        if not read_only:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
         yield
 
 

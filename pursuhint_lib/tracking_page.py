@@ -9,6 +9,7 @@ import urllib.parse
 import warnings
 from typing import NamedTuple
 
+from pursuhint_lib.command import run_command
 from pursuhint_lib.tracking_store import QUIET, TrackingError, artifact_root, open_client, relocate, tracking_uri
 
 HEADLINE = "final/val_acc1"
@@ -134,4 +135,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,10 +1,14 @@
 """pyproject.toml, requirements.lock, environment.yml, the Makefile and continuous integration say the same."""
 
+import ast
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tools import setup_venv
+from pursuhint_lib.grid import _grid_lock
+from pursuhint_lib.status import study_lock
+from tools import clean, setup_venv
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
@@ -130,11 +136,11 @@ def test_the_packages_installed_here_are_the_locked_ones():
     assert {name: version(name).split("+")[0] for name in CORE} == {name: str(pins[name]) for name in CORE}
 
 
-def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def make(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     """Run make with nothing inherited from a make that runs this test; `ready` counts as done (-o)."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["make", "-o", "ready", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True)
 
 
 def makefile_targets() -> list[str]:
@@ -150,30 +156,91 @@ def test_make_help_explains_every_target_and_is_the_default(arguments):
     assert set(makefile_targets()) >= {"reproduce", "test", "lab", "ui", "bench", "strip", "lock", "clean"}
 
 
-def test_make_reproduce_hands_over_study_force_and_data():
-    plain = make("-n", "reproduce").stdout
-    assert 'pursuhint_lib.pipeline reproduce "digits"' in plain
+@pytest.fixture
+def clone(tmp_path):
+    """A folder with the Makefile and a Python that does nothing but say with what it was started; its name is odd."""
+    folder = tmp_path / "a $(touch x) `touch x` clone"
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    say = "import os, sys; print(sys.argv[1:], os.environ, os.getppid(), sep='\\n')"
+    python.write_text(f"#!/usr/bin/env python3\n{say}\n")
+    python.chmod(0o755)
+    shutil.copyfile(ROOT / "Makefile", folder / "Makefile")
+    return folder
+
+
+def started(folder: Path, *arguments: str, **environment: str) -> list[str]:
+    """The command line of Python that make gives."""
+    done = make(*arguments, cwd=folder, **environment)
+    assert done.returncode == 0, done.stderr
+    return ast.literal_eval(done.stdout.splitlines()[0])
+
+
+def test_make_reproduce_hands_over_study_force_and_data(clone):
+    plain = started(clone, "reproduce")
+    assert plain[:3] == ["-m", "pursuhint_lib.pipeline", "reproduce"] and plain[-2:] == ["--", "digits"]
     assert "--force" not in plain
-    chosen = make("-n", "reproduce", "STUDY=cifar100_quick", "FORCE=1").stdout
-    assert 'pursuhint_lib.pipeline reproduce "cifar100_quick" --force' in chosen
-    assert make("-n", "reproduce", STUDY="other").stdout == plain, "a stray environment variable chose the study"
+    chosen = started(clone, "reproduce", "STUDY=cifar100_quick", "FORCE=1")
+    assert "--force" in chosen and chosen[-1] == "cifar100_quick"
+    assert started(clone, "reproduce", STUDY="other") == plain, "a stray environment variable chose the study"
 
 
-def test_make_reproduce_hands_over_a_grid_and_refuses_to_force_one():
-    shown = make("-n", "reproduce", "GRID=digits_pairs", "JOBS=2").stdout
-    assert 'pursuhint_lib.grid reproduce "digits_pairs" --jobs="2"' in shown and "pipeline" not in shown
-    assert "--jobs" not in make("-n", "reproduce", "GRID=digits_pairs").stdout
+def test_make_reproduce_hands_over_a_grid_and_refuses_to_force_one(clone):
+    shown = started(clone, "reproduce", "GRID=digits_pairs", "JOBS=2")
+    assert shown[1] == "pursuhint_lib.grid" and "--jobs=2" in shown and shown[-1] == "digits_pairs"
+    assert "--jobs=" in started(clone, "reproduce", "GRID=digits_pairs"), "empty: not given"
     forced = make("reproduce", "GRID=digits_pairs", "FORCE=1")
     assert forced.returncode != 0 and forced.stderr.startswith("FORCE=1 is for one study")
     both = make("reproduce", "GRID=digits_pairs", "STUDY=digits")
     assert both.returncode != 0 and both.stderr.startswith("STUDY or GRID: name one of them")
 
 
-def test_options_of_sbatch_reach_the_commands_as_they_were_given():
-    options = """comment="a b" constraint='x&y' time=3 name=`whoami`"""
-    show = "--eval=show: ; @printf '%s' --slurm=\"$$SLURM\""
-    assert make(show, "show", f"SLURM={options}").stdout == f"--slurm={options}"
-    assert '--slurm="$SLURM"' in make("-n", "reproduce", "EXECUTOR=slurm", f"SLURM={options}").stdout
+HOSTILE = """$(touch x)$$(touch x)$(shell touch x)`touch x`"; touch x; '; touch x; $HOME \\n * --help"""
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "seen"),
+    [
+        ("STUDY", "reproduce", "{}"),
+        ("STUDY", "export", "{}"),
+        ("STUDY", "figures", "{}"),
+        ("GRID", "reproduce", "{}"),
+        ("EXECUTOR", "reproduce", "--executor={}"),
+        ("JOBS", "reproduce", "--jobs={}"),
+        ("JOB_CORES", "reproduce", "--cores={}"),
+        ("JOB_GPUS", "reproduce", "--gpus={}"),
+        ("SLURM", "reproduce", "--slurm={}"),
+        ("ARM", "export", "--arm={}"),
+        ("SEED", "export", "--seed={}"),
+    ],
+)
+def test_what_is_given_to_make_reaches_python_to_the_letter_and_executes_nothing(clone, name, target, seen):
+    assert seen.format(HOSTILE) in started(clone, target, f"{name}={HOSTILE}")
+    assert seen.format("--help") in started(clone, target, f"{name}=--help")[3 if seen == "{}" else 0 :]
+    assert not list(clone.rglob("x"))
+
+
+@pytest.mark.parametrize("target", ["reproduce", "strip", "lab", "clean"])
+def test_what_a_recipe_reads_itself_and_its_folder_are_not_executed_either(clone, target):
+    make(target, *(f"{name}={HOSTILE}" for name in ("FORCE", "DATA", "NOTEBOOKS", "PYTHON")), cwd=clone)
+    assert not list(clone.rglob("x"))
+
+
+def test_args_are_read_as_the_end_of_a_command_line(clone):
+    """By a shell, with all that it does: quotes would mean nothing else."""
+    assert started(clone, "test", """ARGS=-k 'a or b' "$(echo c)" """)[-3:] == ["-k", "a or b", "c"]
+
+
+def test_a_python_may_lie_in_a_folder_of_any_name(clone):
+    python = clone / ".venv" / "bin" / "python"
+    done = make("clean", f"PYTHON={python}", cwd=clone)
+    assert done.returncode == 0 and "['tools/clean.py']" in done.stdout.splitlines(), done.stderr
+
+
+def test_a_study_is_told_to_end_with_its_make(clone):
+    for arguments in ([], ["GRID=digits_pairs"]):
+        _, environment, parent = make("reproduce", *arguments, cwd=clone).stdout.splitlines()
+        assert f"'PURSUHINT_PARENT': '{parent}'" in environment
 
 
 @pytest.mark.parametrize(
@@ -184,9 +251,12 @@ def test_a_data_folder_reaches_the_commands_whole_and_absolute(given, seen):
     assert make(show, "show", f"DATA={given}").stdout.rstrip("\n") == seen
 
 
-def test_commands_run_without_telemetry_and_without_a_foreign_python_path():
-    show = "--eval=show: ; @printenv MLFLOW_DISABLE_TELEMETRY DO_NOT_TRACK; printenv PYTHONPATH || echo unset"
-    assert make(show, "show", PYTHONPATH="/elsewhere").stdout.split() == ["true", "true", "unset"]
+def test_commands_run_without_telemetry_and_without_what_another_project_asks_of_python():
+    show = (
+        "--eval=show: ; @printenv MLFLOW_DISABLE_TELEMETRY DO_NOT_TRACK PYTHONUTF8; printenv PYTHONPATH PYTHONWARNINGS"
+    )
+    shown = make(show, "show", PYTHONPATH="/elsewhere", PYTHONWARNINGS="error", PYTHONUTF8="0").stdout.split()
+    assert shown == ["true", "true", "1"]
 
 
 def test_a_venv_counts_as_ready_only_when_complete_for_this_lock_and_this_folder(tmp_path, monkeypatch):
@@ -209,6 +279,64 @@ def test_a_venv_counts_as_ready_only_when_complete_for_this_lock_and_this_folder
     lock.write_text("torch==2.15.0\n")
     python.unlink()
     assert not setup_venv.ready(), "the Python that it was made with is gone"
+
+
+def test_a_venv_that_was_copied_to_another_folder_is_whole_there_and_untouched_here(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there, with spaces"  # which the first line of a script may not hold
+    venv.create(here / ".venv", symlinks=True)
+    of_here = here / ".venv" / "bin" / "python"
+    (here / ".venv" / "bin" / "tool").write_text(f"#!{of_here}\nimport sys; print(sys.prefix)\n")
+    (here / ".venv" / "bin" / "tool").chmod(0o755)
+    kernel = here / ".venv" / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text(json.dumps({"argv": [str(of_here), "-m", "ipykernel_launcher"]}))
+    (here / "requirements.lock").write_text("torch==2.15.0\n")
+    set_up = []
+    monkeypatch.setattr(setup_venv, "build", lambda *_, **__: set_up.append("built anew"))
+    monkeypatch.setattr(setup_venv, "run", lambda command, *_: set_up.append("linked"))
+
+    def set_up_in(folder):
+        for name, path in {"ROOT": "", "LOCK": "requirements.lock", "VENV": ".venv"}.items():
+            monkeypatch.setattr(setup_venv, name, folder / path)
+        monkeypatch.setattr(setup_venv, "PYTHON", folder / ".venv" / "bin" / "python")
+        monkeypatch.setattr(setup_venv, "STAMP", folder / ".venv" / ".ready")
+        setup_venv.main()
+
+    set_up_in(here)
+    files = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    shutil.copytree(here, there, symlinks=True, copy_function=os.link)
+    set_up_in(there)
+    assert set_up == ["built anew", "linked", "linked"] and setup_venv.ready()
+    assert {path: path.read_bytes() for path in files} == files, "the copy was made of hard links"
+    named = [path for path in there.rglob("*") if path.is_file() and bytes(here / ".venv") in path.read_bytes()]
+    assert named == []
+    tool = subprocess.run([there / ".venv" / "bin" / "tool"], capture_output=True, text=True)
+    assert tool.stdout == f"{there / '.venv'}\n", tool.stderr
+
+
+def test_make_clean_removes_what_running_made_but_nothing_while_a_study_or_a_grid_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(clean, "ROOT", tmp_path)
+    monkeypatch.setenv("PURSUHINT_HOME", str(tmp_path))
+    kept = [tmp_path / "data" / "image.png", tmp_path / "reports" / "toy" / "report.html"]
+    made = [tmp_path / name for name in ("mlflow.db", "mlflow.db-wal", "mlartifacts/a", "tests/x/__pycache__/y.pyc")]
+    for path in [*kept, *made]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for lock in (study_lock("toy"), _grid_lock("toys")):
+        with lock, pytest.raises(SystemExit, match=r"^runs/(toy|grids/toys)/ is in use: .*$"):
+            clean.clean()
+        assert all(path.exists() for path in [*kept, *made])
+    clean.clean()
+    left = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(kept) and not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_read_or_written_ends_set_up_with_one_line(tmp_path):
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "setup_venv.py", tmp_path / "tools")
+    done = subprocess.run([sys.executable, "tools/setup_venv.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Set-up stopped: [Errno 2]") and "requirements.lock" in done.stderr
 
 
 def test_an_unusable_python_ends_set_up_with_one_clear_line():

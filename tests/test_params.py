@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pursuhint_lib import data, params
+from pursuhint_lib import data, drawings, grid, params
 from pursuhint_lib.grid import read_grid
 from pursuhint_lib.params import (
     COMMON,
@@ -356,6 +356,21 @@ def test_every_number_has_both_ends(model, beyond):
 def test_an_unknown_study_is_answered_with_those_there_are():
     with pytest.raises(ParameterError, match="no study 'digit': params/ holds .*digits.*did you mean 'digits'"):
         params.study_file("digit")
+
+
+NO_NAMES = ["", "-h", "./smoke", "../params/smoke", "../params/grids/digits_pairs", "x" * 300, "a\nb", "*"]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_what_is_no_name_is_refused_in_one_line_as_a_study_a_grid_and_a_report(name, home, capsys):
+    for refuse in (params.study_file, grid.grid_file):
+        with pytest.raises(ParameterError, match=r"\Ano (study|grid) '.*: params/.*holds.*\Z"):
+            refuse(name)
+    (home / "reports" / "smoke").mkdir(parents=True)
+    (home / "reports" / "smoke" / "records.json").write_text("{}")
+    assert drawings.main(["--", name]) == 1
+    said = capsys.readouterr().err
+    assert ": reports/ holds smoke" in said and said.count("\n") == 1
 
 
 def test_networks_that_several_processes_train_take_their_steps_in_turn(tmp_path):

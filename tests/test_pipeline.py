@@ -22,6 +22,7 @@ from pursuhint_lib.live import study_seconds_left
 from pursuhint_lib.params import PARAMS_FOLDER, ParameterError, load_params
 from pursuhint_lib.pipeline import SPOOL, Driver, Sources, Stage, is_finished, main, one_line
 from pursuhint_lib.progress import Progress, duration, read_progress
+from pursuhint_lib.provenance import source_state
 from pursuhint_lib.storage import REPOSITORY, home, save_json
 from pursuhint_lib.verdict import compare_results, judge
 
@@ -315,7 +316,26 @@ sys.exit(t.main(['reproduce', 'toy'], t.toy_sources({str(toy.root)!r})))"""
     assert done.returncode == 0 and "nothing to do" in done.stdout, done.stderr
 
 
+def test_what_is_finished_is_looked_at_on_a_disk_that_cannot_be_written(toy, capsys, monkeypatch):
+    assert toy.run() == 0
+    before = {path: path.stat().st_mtime_ns for path in toy.root.rglob("*")}
+    capsys.readouterr()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert toy.run() == 0
+    assert capsys.readouterr().out.startswith("nothing to do: all 2 notebooks of toy are done")
+    after = {path: path.stat().st_mtime_ns for path in toy.root.rglob("*")}
+    assert before == after
+
+
 # --- What is refused before anything runs
+
+
+@pytest.mark.parametrize("folder", ["runs", "reports"])
+def test_a_folder_that_cannot_be_written_is_one_line_before_the_first_stage_runs(toy, capsys, monkeypatch, folder):
+    place = toy.root / folder / "toy"
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != place)
+    assert toy.run() == 1
+    assert capsys.readouterr().err == f"{place}: cannot be written\n" and not toy.make.exists()
 
 
 def test_an_unknown_study_is_one_line(toy, capsys):
@@ -366,7 +386,7 @@ def test_the_study_file_is_checked_without_running(toy, capsys):
         ),
         ("exit", "01_make ended early in cell [4]: SystemExit: 0; notebook as it stopped: "),
         ("SIGKILL", "01_make: the kernel died in cell [4]: SIGKILL, killed from outside"),
-        ("full", "the disk is full ("),
+        ("full", "a disk is full ("),
     ],
 )
 def test_a_notebook_that_fails_is_one_line_and_a_failed_run(toy, capsys, fault, told):
@@ -726,6 +746,16 @@ def test_a_lock_file_of_a_dead_driver_does_not_stop_anyone(toy):
 
 
 # --- The notebook's surroundings
+
+
+def test_another_users_folder_has_its_commit_too(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=somebody", "-c", "user.email=", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert subprocess.run([*git, "status"], capture_output=True).returncode == 128, "git itself refuses"
+    found = source_state(tmp_path)
+    assert len(found["commit"]) == 40 and found["dirty"] is False
 
 
 def test_the_environment_is_put_back_key_by_key(monkeypatch):

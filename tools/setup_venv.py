@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,13 +46,14 @@ def main() -> None:
         made_for, made_in = stamp_found()
         if made_for == lock and PYTHON.exists():
             say(f"Set-up: .venv was made in {made_in}; linking it to {folder}")
+            move(Path(made_in) / VENV.name)
         else:
             build(lock_handle, why="requirements.lock has changed" if made_for else "there is no complete .venv yet")
         # No build isolation: an isolated build would fetch setuptools anew, past the lock's hashes.
         link = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
         run([PYTHON, "-m", "pip", *link], lock_handle, "link pursuhint_lib into .venv")
         write_lab_settings()
-        STAMP.write_text(f"{lock}\n{folder}\n", encoding="utf-8")
+        write_anew(STAMP, f"{lock}\n{folder}\n".encode())
         say(f"Set-up: ready after {spoken(time.monotonic() - started)}")
 
 
@@ -87,6 +89,30 @@ def one_at_a_time() -> Iterator[int]:
         except OSError:
             pass  # a file system without locks: go on without
         yield file.fileno()
+
+
+def move(old: Path) -> None:
+    """Have everything in .venv outside of its packages name .venv where it names `old`, the place that it was made for:
+    first lines of scripts, activate, pyvenv.cfg, kernels.
+    """
+    was, now = os.fsencode(old), os.fsencode(VENV)
+    named = re.compile(rb"(?<![\w.-])" + re.escape(was) + rb"(?![\w.-])")
+    first_line = re.compile(rb"\A#!(" + re.escape(was) + rb"/\S+)\n")
+    parts = [path for part in ("bin", "etc", "share") for path in (VENV / part).rglob("*")]
+    for path in [VENV / "pyvenv.cfg", *parts]:
+        if path.is_file() and not path.is_symlink() and named.search(content := path.read_bytes()):
+            # As pip writes it for a long path, or one with spaces: for sh this starts Python, for Python it is a text.
+            content = first_line.sub(rb"""#!/bin/sh\n'''exec' "\1" "$0" "$@"\n' '''\n""", content)
+            write_anew(path, named.sub(lambda _: now, content))
+
+
+def write_anew(path: Path, content: bytes) -> None:
+    """Write a file whole, never into the one that is there: another .venv may share that (``cp -al``)."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(content)
+    if path.exists():
+        shutil.copymode(path, temporary)
+    os.replace(temporary, path)
 
 
 def build(lock_handle: int, why: str) -> None:
@@ -152,7 +178,7 @@ def write_lab_settings() -> None:
     folder = VENV / "etc" / "jupyter" / "labconfig"
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
-    (folder / "page_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_anew(folder / "page_config.json", f"{json.dumps(settings, indent=1)}\n".encode())
 
 
 def spoken(seconds: float) -> str:
@@ -161,13 +187,14 @@ def spoken(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    with contextlib.suppress(OSError):  # closed, or a full disk: nobody hears it, and the set-up goes on
+        os.write(1, f"{text}\n".encode())
 
 
 if __name__ == "__main__":
     try:
         main()
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         sys.exit(f"Set-up stopped: {error}. Nothing is lost: the same command starts it again.")
     except KeyboardInterrupt:
         print("\nSet-up interrupted; the same command starts it again.", file=sys.stderr)
