@@ -411,7 +411,7 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
     from pursuhint_lib.arms import parse_methods
     from pursuhint_lib.features import layer_table
     from pursuhint_lib.hints import STRATEGIES, name_choices
-    from pursuhint_lib.logit_losses import LOGIT_LOSSES
+    from pursuhint_lib.logit_losses import LOGIT_LOSSES, TWO_CLASSES
     from pursuhint_lib.methods import METHODS
     from pursuhint_lib.models import build_model, candidate_layers
     from pursuhint_lib.pretrained import check_source
@@ -464,6 +464,12 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
         )
 
     shape = _check_images(profile, file)
+    two_classes = _count_classes(profile, file) == 2
+    for method, objective in methods.items():
+        if two_classes and LOGIT_LOSSES[objective.logit_loss].standardized:
+            raise ParameterError(
+                f"{file}: distill_students.methods = {method!r}: {TWO_CLASSES} (allowed: methods without _std)"
+            )
     try:
         device = resolve_device(profile.device)
     except ValueError as error:  # "device = 'cuda': ..."
@@ -608,6 +614,22 @@ def _check_images(images: Images, file: str) -> tuple[int, int, int]:
         most = known.training_images - 1
         raise refuse("validation_per_class", f"leaves a class of {images.data} without images (allowed: 1 to {most})")
     return known.channels, known.size, known.size
+
+
+def _count_classes(images: Images, file: str) -> int:
+    """How many classes a study has. Raises ParameterError, one line, for one alone: there is nothing to learn."""
+    if images.data == "image_folder":
+        entries = os.scandir(images_folder(images, file) / "train")
+        found = sum(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+    else:
+        found = _DATA_SETS[images.data].classes
+    classes = images.n_classes or found
+    if classes == 1:
+        raise ParameterError(
+            f"{file}: common.n_classes = {images.n_classes}: one class leaves nothing to learn "
+            "(allowed: 2 or more, or 0 for all, of images of 2 classes or more)"
+        )
+    return classes
 
 
 def _first_line(error: BaseException) -> str:
