@@ -20,8 +20,9 @@ class LoaderBatches(BatchSource):
     Its batches are read as `reading` says and brought to `device`; `index` is None, as nobody numbers the images.
     What torch draws on the CPU while a pass is read (the order, the seeds of processes that load, crops and flips)
     depends on (seed, epoch) alone and leaves the global generator as it was. `seed` is what torch.manual_seed was last
-    given. A sampler or a generator of the loader's own, and whatever draws from another source than torch, goes its own
-    way: then passes differ from one training to the next, also where a training is taken up again.
+    given; where it was not called, every process has another. A sampler or a generator of the loader's own, loading
+    processes that persist, and whatever draws from another source than torch, go their own way. Then passes differ from
+    one training to the next, and a training that is taken up again does not end with the bits of one in one go.
 
     classes: labels must lie below it. Reading raises TypeError or ValueError, one line.
     """
