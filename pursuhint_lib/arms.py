@@ -388,7 +388,7 @@ def _code_hash() -> str:
         "learners",
         "logit_losses",
     ]
-    names += ["losses", "methods", "parallel", "study", "training"]
+    names += ["losses", "methods", "parallel", "reading", "study", "training"]
     files = [here / f"{name}.py" for name in names] + sorted((here / "models").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

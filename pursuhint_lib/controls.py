@@ -76,7 +76,7 @@ class ControlTeacher(nn.Module):
             features |= {("untrained", layer): feature for layer, feature in unlearned.features.items()}
         for layer in (layer for layer in seen.features if layer in shuffled):
             features["shuffled", layer] = seen.features[layer].roll(1, dims=0)
-        return Observation(seen.logits, {asked[of]: feature for of, feature in features.items() if of in asked})
+        return Observation(seen.output, {asked[of]: feature for of, feature in features.items() if of in asked})
 
     def train(self, mode: bool = True) -> Self:
         """Does nothing: a teacher stays in eval mode."""

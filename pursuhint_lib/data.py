@@ -625,11 +625,13 @@ def channel_stats(image_set: ImageSet) -> tuple[Tensor, Tensor]:
 
 
 class Batch(NamedTuple):
-    """images: (B, C, H, W) float32, normalized, channels_last. labels, index (rows of the set): (B,) int64."""
+    """images: (B, C, H, W) float32, normalized, channels_last. labels, index (rows of the set): (B,) int64. Of a batch
+    that a DataLoader gave, images are as they came, and index is None.
+    """
 
     images: Tensor
     labels: Tensor
-    index: Tensor
+    index: Tensor | None
 
 
 Part = Callable[[int], slice]  # number of images of a batch -> a slice of its rows, with start and stop
@@ -806,7 +808,7 @@ def checked_statistics(
     std = torch.as_tensor(std, dtype=torch.float64, device="cpu")
     if mean.shape != (channels,) or std.shape != (channels,):
         raise ValueError(
-            f"mean and std need one value per channel, {channels} each, not {mean.numel()} and {std.numel()}"
+            f"mean and std need one value per channel, shape ({channels},), not {tuple(mean.shape)}, {tuple(std.shape)}"
         )
     if not (std > 0).all():
         raise ValueError(f"std must be above 0 in every channel, not {std.tolist()}")

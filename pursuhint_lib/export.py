@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from pursuhint_lib.arms import kept_file, parse_method
 from pursuhint_lib.command import run_command
 from pursuhint_lib.comparison import best_on_validation, mean_interval
-from pursuhint_lib.data import Batches, balanced_subset
+from pursuhint_lib.data import Batches, balanced_subset, checked_statistics
 from pursuhint_lib.evaluation import accuracy, count_macs, count_parameters
 from pursuhint_lib.formatting import templates
 from pursuhint_lib.models import load_model
 from pursuhint_lib.params import STAGES, Images, StudentTraining, from_variables, load_params, nearest, study_file
 from pursuhint_lib.provenance import source_state
+from pursuhint_lib.reading import logits_of
 from pursuhint_lib.records import read_record
 from pursuhint_lib.status import command_line, first_line, is_busy, short
 from pursuhint_lib.storage import home, read_json, read_table, report_folder, save_json, sha256, written_whole
@@ -107,19 +108,17 @@ class Choice(NamedTuple):
 class FromPixels(nn.Module):
     """A network with its normalization in front: pixels (B, C, H, W) float from 0 to 1 -> logits (B, K).
 
-    mean, std: C values each, on the [0, 1] scale. Raises ValueError when their numbers differ.
+    mean, std: (C,) each, on the [0, 1] scale.
     """
 
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        if len(mean) != len(std):
-            raise ValueError(f"mean and std need one value per channel, not {len(mean)} and {len(std)}")
         self.network = network
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("mean", mean.float().view(-1, 1, 1))
+        self.register_buffer("std", std.float().view(-1, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.network((pixels - self.mean) / self.std)
+        return logits_of(self.network((pixels - self.mean) / self.std))
 
 
 # ----------------------------------------------------------------------------------------------------------- choosing
@@ -251,14 +250,21 @@ def missing_packages() -> list[str]:
 
 
 def write_programs(
-    network: nn.Module, folder: Path, *, mean: Sequence[float], std: Sequence[float], shape: Sequence[int]
+    network: nn.Module,
+    folder: Path | str,
+    *,
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
+    shape: Sequence[int],
 ) -> None:
     """Write any network as student.pth, student.pt2 and, where its packages are installed, student.onnx.
 
     network: normalized images (B, C, H, W) -> logits (B, K), on any device, in any mode and memory format; it is left
     as it was, and exported in evaluation mode for the CPU. mean, std: C values each, on the [0, 1] scale: what images
-    are normalized with. shape: (C, H, W). Raises what torch.export raises for a network that it cannot follow.
+    are normalized with. shape: (C, H, W). Raises ValueError, one line, for other numbers of values, and what
+    torch.export raises for a network that it cannot follow.
     """
+    folder, (mean, std) = Path(folder), checked_statistics(mean, std, shape[0])
     network = copy.deepcopy(network).to("cpu", memory_format=torch.contiguous_format)
     model = FromPixels(network, mean, std).eval()
     # Through a buffer: written to a path, an archive carries the name of the temporary file.

@@ -19,6 +19,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from pursuhint_lib.reading import logits_of
+
 
 class FeatureExtractor:
     """Runs a model and hands out what some of its layers return.
@@ -156,10 +158,15 @@ class _Captured(NamedTuple):
 
 @dataclass(frozen=True)
 class Observation:
-    """What a teacher says about one batch: logits (B, K), and layer name -> feature in execution order. No autograd."""
+    """What a teacher says about one batch: its output, and layer name -> feature in execution order. No autograd."""
 
-    logits: Tensor
+    output: Any
     features: dict[str, Tensor]
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, K), see `logits_of`. Raises TypeError for a network that returns something else."""
+        return logits_of(self.output)
 
 
 class FrozenTeacher(nn.Module):
@@ -193,7 +200,7 @@ class FrozenTeacher(nn.Module):
         *,
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> Observation:
-        """Logits and features of images (B, C, H, W), normalized as the teacher was trained.
+        """Output and features of images (B, C, H, W), normalized as the teacher was trained.
 
         layers: capture only these, a part of the teacher's layers. None: all of them.
         reduce: what to keep of each feature, as in FeatureExtractor.
@@ -201,8 +208,8 @@ class FrozenTeacher(nn.Module):
         if any(module.training for module in self._all_modules):  # somebody reached in through `.model`
             self.model.eval()
         with torch.no_grad():  # not inference_mode: a student's loss may save these tensors for its backward pass
-            logits, features = self._extract(images, layers, reduce=reduce)
-        return Observation(logits, features)
+            output, features = self._extract(images, layers, reduce=reduce)
+        return Observation(output, features)
 
     def train(self, mode: bool = True) -> Self:
         """Does nothing: a teacher stays in eval mode, also when the module that holds it is set to train."""

@@ -24,6 +24,7 @@ from pursuhint_lib.hints import HintPair
 from pursuhint_lib.logit_losses import LOGIT_LOSSES
 from pursuhint_lib.losses import cls_loss
 from pursuhint_lib.methods import METHODS, HintMethod, Shape
+from pursuhint_lib.reading import logits_of
 
 
 @contextlib.contextmanager
@@ -49,7 +50,7 @@ class Supervised(nn.Module):
 
     def losses(self, batch: Batch, observation: Observation | None, progress: float = 1.0) -> dict[str, Tensor]:
         """`observation` and `progress` are not looked at."""
-        logits = self.model(laid_out(batch.images, self.model))
+        logits = logits_of(self.model(laid_out(batch.images, self.model)))
         cls = cls_loss(logits, batch.labels)
         return {"loss": cls, "logits": logits, "cls": cls}
 
@@ -76,6 +77,9 @@ class Hint:
     redrawn: int = 0
 
     def __post_init__(self) -> None:
+        for pair in self.pairs:
+            if not isinstance(pair, HintPair):
+                raise TypeError(f"hint {self.method!r}: {pair!r} must be a HintPair(teacher_layer, student_layer)")
         if self.redrawn and (len(self.pairs) % self.redrawn or len(self.pairs) < self.redrawn**2):
             raise ValueError(
                 f"hint {self.method!r}: {len(self.pairs)} pairs are not {self.redrawn} student layers with each layer "
@@ -108,8 +112,9 @@ class Distilled(nn.Module):
     `teacher_layers` names the features that `losses` needs of the observation, see `feature_key`. `silent` says, if it
     is not empty, why this learner is not worth training (see `check_hints`).
 
-    Raises ValueError for an unknown method or logit loss, for a pair whose layer is in neither table, and for a redrawn
-    hint of a method that joins all its pairs.
+    Raises ValueError for an unknown method or logit loss, a weight below 0, a temperature that is not above, where
+    nothing would teach, for a pair whose layer is in neither table, and for a redrawn hint of a method that joins all
+    its pairs.
     """
 
     needs_teacher = True
@@ -134,6 +139,11 @@ class Distilled(nn.Module):
         super().__init__()
         if logit_loss not in LOGIT_LOSSES:
             raise ValueError(f"unknown logit loss {logit_loss!r} (allowed: {', '.join(LOGIT_LOSSES)})")
+        if min(ce_weight, logit_weight) < 0 or not temperature > 0:
+            found = f"{ce_weight}, {logit_weight} and {temperature}"
+            raise ValueError(f"ce_weight and logit_weight must be 0 or more, temperature above 0, not {found}")
+        if ce_weight == logit_weight == 0 and not hints:
+            raise ValueError("ce_weight and logit_weight are 0 and there are no hints: nothing teaches")
         self.model = model
         self.ce_weight, self.logit_weight, self.temperature = ce_weight, logit_weight, temperature
         self.logit_loss, self.hints, self.seed = logit_loss, list(hints), seed
@@ -241,7 +251,8 @@ class Distilled(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
         """logits, cls, the logit loss, and the unweighted hint terms of the pairs with these numbers, by number."""
         images = laid_out(batch.images, self.model)
-        logits, features = self._extract(images) if self._extract else (self.model(images), {})
+        output, features = self._extract(images) if self._extract else (self.model(images), {})
+        logits = logits_of(output)
         cls = cls_loss(logits, batch.labels)
         logit_term = LOGIT_LOSSES[self.logit_loss](logits, observation.logits, batch.labels, self.temperature)
         hints = {}
@@ -290,7 +301,7 @@ def balance_hints(
     weights = torch.tensor([own * base / norm for own, norm in zip(shares, hints, strict=True)])
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     squares = []
-    with _state_kept(learner):
+    with state_kept(learner):
         for batch, observation in zip(batches, observations, strict=True):
             teaching = learner._draw()  # all, unless redrawn
             _, _, _, terms = learner._terms(batch, observation, teaching)
@@ -308,7 +319,7 @@ def _first_gradients(
     """Norms of the gradient, root mean square over the batches: of labels and logits, and of each pair's own term."""
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     base, squares, sizes = 0.0, [0.0] * len(learner.pairs), [0.0] * len(learner.pairs)
-    with _state_kept(learner):
+    with state_kept(learner):
         for batch, observation in zip(batches, observations, strict=True):
             _, cls, logit_term, hints = learner._terms(batch, observation, range(len(learner.pairs)))
             base += _square_norm(learner.ce_weight * cls + learner.logit_weight * logit_term, parameters)
@@ -331,7 +342,7 @@ def gradient_norms(learner: Distilled, batch: Batch, observation: Observation) -
     all methods as in their main phase. The learner's weights, buffers and step are left as they were.
     """
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
-    with _state_kept(learner):
+    with state_kept(learner):
         _, cls, logit_term, hints = learner._terms(batch, observation, range(len(learner.pairs)))
         terms = {"cls": learner.ce_weight * cls, learner.logit_loss: learner.logit_weight * logit_term}
         for number, name in enumerate(_pair_names(learner)):
@@ -361,7 +372,7 @@ def shares_of_gradient(learner: nn.Module, terms: Mapping[str, Tensor]) -> dict[
 
 
 @contextlib.contextmanager
-def _state_kept(learner: Distilled) -> Iterator[None]:
+def state_kept(learner: nn.Module) -> Iterator[None]:
     """In train mode inside the block; after it, parameters and buffers are as they were."""
     before = [(tensor, tensor.detach().clone()) for tensor in (*learner.parameters(), *learner.buffers())]
     learner.train()

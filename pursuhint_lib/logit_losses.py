@@ -107,13 +107,17 @@ def _deviations(x: Tensor) -> Tensor:
     return unit_length(x - x.mean(dim=1, keepdim=True), dim=1, floor=rounding)
 
 
+TWO_CLASSES = "standardized logits of two classes are -0.7 and 0.7 in one order or the other, so they teach nothing"
+
+
 @dataclass(frozen=True)
 class LogitLoss:
     """A way to match logits, with one face for all: called with student_logits, teacher_logits (B, K), labels (B,), T.
 
     published_weight: that of the method's authors or of the field's benchmark; None for kd and kd_std, whose weight
     every study names (`kd_weight`). warm_up: fraction of the training over which the weight rises from 0.
-    standardized: see `standardize_logits`.
+    standardized: see `standardize_logits`. Raises ValueError, one line, for logits of different classes, and where two
+    classes are to be standardized.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -122,7 +126,12 @@ class LogitLoss:
     standardized: bool = False
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        if student_logits.shape != teacher_logits.shape:
+            classes = f"{student_logits.shape[1]} and {teacher_logits.shape[1]}"
+            raise ValueError(f"student and teacher know {classes} classes, and must know the same")
         if self.standardized:
+            if student_logits.shape[1] == 2:
+                raise ValueError(TWO_CLASSES)
             student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
         return self.loss(student_logits, teacher_logits, labels, temperature)
 

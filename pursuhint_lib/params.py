@@ -441,7 +441,7 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
     from pursuhint_lib.arms import parse_methods
     from pursuhint_lib.features import layer_table
     from pursuhint_lib.hints import STRATEGIES, name_choices
-    from pursuhint_lib.logit_losses import LOGIT_LOSSES
+    from pursuhint_lib.logit_losses import LOGIT_LOSSES, TWO_CLASSES
     from pursuhint_lib.methods import METHODS
     from pursuhint_lib.models import build_model, candidate_layers
     from pursuhint_lib.pretrained import check_source
@@ -493,12 +493,17 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
             "(allowed: one of the two above 0)"
         )
 
-    shape = _check_images(profile, file)
+    shape, classes = _check_images(profile, file)
     if profile.crop_padding >= shape[1]:
         raise ParameterError(
             f"{file}: common.crop_padding = {profile.crop_padding}: crops may hold nothing of an image of {shape[1]} "
             f"pixels (allowed: 0 to {shape[1] - 1})"
         )
+    for method, objective in methods.items():
+        if classes == 2 and LOGIT_LOSSES[objective.logit_loss].standardized:
+            raise ParameterError(
+                f"{file}: distill_students.methods = {method!r}: {TWO_CLASSES} (allowed: methods without _std)"
+            )
     try:
         device = resolve_device(profile.device)
     except ValueError as error:  # "device = 'cuda': ..."
@@ -607,8 +612,10 @@ def _built_for_shapes(build_model: Callable[..., Any], name: str, channels: int)
             return build_model(name, 2, channels=channels).to("meta")
 
 
-def _check_images(images: Images, file: str) -> tuple[int, int, int]:
-    """Channels, height and width of the images; ParameterError when they are not there or not enough."""
+def _check_images(images: Images, file: str) -> tuple[tuple[int, int, int], int]:
+    """Channels, height and width of the images, and the number of classes; ParameterError when they are not there or
+    not enough.
+    """
     from pursuhint_lib.data import list_image_folder
 
     folder = images_folder(images, file)
@@ -643,7 +650,7 @@ def _check_images(images: Images, file: str) -> tuple[int, int, int]:
             raise ParameterError(f"{file}: common.data = 'image_folder': {_first_line(error)}") from None
         if len(classes) == 1:
             raise refuse("data", f"{folder / 'train'} holds one class, {classes[0]!r} (allowed: 2 or more)")
-        return 3, images.image_size, images.image_size
+        return (3, images.image_size, images.image_size), len(classes)
     known = _DATA_SETS[images.data]
     if images.image_size != 0:
         raise refuse("image_size", f"{images.data} has a size of its own, {known.size} pixels (allowed: 0)")
@@ -652,7 +659,7 @@ def _check_images(images: Images, file: str) -> tuple[int, int, int]:
     if images.validation_per_class >= known.training_images:
         most = known.training_images - 1
         raise refuse("validation_per_class", f"leaves a class of {images.data} without images (allowed: 1 to {most})")
-    return known.channels, known.size, known.size
+    return (known.channels, known.size, known.size), images.n_classes or known.classes
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pursuhint_lib.moments import Moments
 from pursuhint_lib.rbf import centered_kernel_products
+from pursuhint_lib.reading import images_of, in_one_line
 from pursuhint_lib.similarity import (
     RANK_TOLERANCE,
     double,
@@ -97,9 +98,10 @@ def profile_layers(
 
     teacher: a `FrozenTeacher`, or anything with `layers`, names in execution order, and `observe(images, reduce=f)`
         that returns an object whose `features` is a dict layer -> f(feature).
-    batches: iterable of objects with `images`, of tuples (images, labels) as a DataLoader gives them, or of images.
-    Raises TypeError for a bare model; ValueError for fewer than two images, naming the layer whose features are not
-    finite or change in number, or where the moments would not fit into this machine's memory.
+    batches: a DataLoader, or any iterable of batches in one of the forms that `reading.images_of` knows.
+    Raises TypeError for a bare model, or a batch of another form; ValueError for images that the teacher cannot take,
+    for fewer than two, naming the layer whose features are not finite or change in number, or where the moments would
+    not fit into this machine's memory.
     """
     if not hasattr(teacher, "observe"):
         raise TypeError(
@@ -116,8 +118,10 @@ def profile_layers(
 
     def pooled_batches() -> Iterator[Tensor]:
         for batch in batches:
-            # Pooled while the map is warm, and the map let go: all maps together would not fit into any cache.
-            features = teacher.observe(_images_of(batch), reduce=functools.partial(pool_features, grid=grid)).features
+            images = images_of(batch)
+            with in_one_line("the teacher", images):
+                # Pooled while the map is warm, and the map let go: all maps together would not fit into any cache.
+                features = teacher.observe(images, reduce=functools.partial(pool_features, grid=grid)).features
             if not layers:
                 layers[:] = features  # in execution order, in whatever order they were named
                 widths[:] = [rows.shape[1] for rows in features.values()]
@@ -151,13 +155,6 @@ def profile_layers(
         raise ValueError(f"batches gave {seen} images: a profile needs two or more")
     features, images = kept.finish()
     return LayerProfile(layers, total.to("cpu"), features, images, [part.to("cpu") for part in parts if part.n])
-
-
-def _images_of(batch: Any) -> Tensor:
-    """Of an object with `images`, of a tuple (images, labels) as a DataLoader gives it, or the images themselves."""
-    if isinstance(batch, Tensor):
-        return batch
-    return batch.images if hasattr(batch, "images") else batch[0]
 
 
 def _part_of(images: np.ndarray, parts: int) -> np.ndarray:
@@ -271,9 +268,9 @@ class LayerProfile:
         return self.moments.widths
 
     @classmethod
-    def from_features(cls, features: Mapping[str, Tensor], grid: int = 1) -> "LayerProfile":
+    def from_features(cls, features: Mapping[str, Tensor | np.ndarray], grid: int = 1) -> "LayerProfile":
         """A profile of features that are already there: layer -> (N, C, H, W), (N, T, D) or (N, D), the same images."""
-        pooled = [pool_features(rows, grid).cpu() for rows in features.values()]
+        pooled = [pool_features(torch.as_tensor(rows), grid).cpu() for rows in features.values()]
         rows = {layer: len(z) for layer, z in zip(features, pooled)}
         if len(set(rows.values())) != 1 or min(rows.values()) < 2:
             raise ValueError(f"layers hold these numbers of images: {rows}: all must hold the same, two or more")

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from pursuhint_lib import parallel
 from pursuhint_lib.arithmetic import suited_format
 from pursuhint_lib.data import Batch, BatchSource, Part
+from pursuhint_lib.entry import as_source, device_of, in_one_form, layers_of, try_first_batch
 from pursuhint_lib.features import FrozenTeacher, Observation
 from pursuhint_lib.learners import shares_of_gradient, weighted_terms
+from pursuhint_lib.reading import logits_of
 from pursuhint_lib.storage import written_whole
 
 Learner = nn.Module  # with what `learners` says: model, teacher_layers, needs_teacher, silent, losses
@@ -42,6 +44,7 @@ class Schedule:
     name: "fast" is one cycle (linear warm-up over the first quarter to `learning_rate`, then a half cosine to zero,
     set at every step); "paper" multiplies by 0.1 at 62.5, 75 and 87.5 % of the epochs (150, 180, 210 of 240),
     "imagenet" at 30, 60 and 90 % (He et al. 2016, arXiv 1512.03385, as torchvision's residual networks were trained).
+    Raises ValueError for another name, or less than one epoch.
     """
 
     name: str
@@ -49,6 +52,12 @@ class Schedule:
     learning_rate: float
     momentum: float = 0.9
     weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if self.name not in ("fast", *_DROPS):
+            raise ValueError(f"schedule {self.name!r} is unknown (allowed: fast, {', '.join(_DROPS)})")
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be 1 or more, not {self.epochs}")
 
     def learning_rate_at(self, progress: float) -> float:
         """Learning rate when the fraction `progress` in [0, 1) of the training is done."""
@@ -98,9 +107,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def predict(model: nn.Module, batches: BatchSource, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) float32 and labels (N,) of epoch 0 of `batches`, in eval mode, on the CPU. The mode is put back."""
-    logits, labels = _predict_all({"": model}, batches, dtype, lambda do, names: [do(name) for name in names])
+def predict(
+    model: nn.Module, batches: BatchSource | Iterable[Any], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) float32 and labels (N,) of epoch 0 of `batches`, in eval mode, on the CPU. The mode is put back.
+    batches: as those of `fit`.
+    """
+    source = as_source(batches, device_of(model))
+    logits, labels = _predict_all({"": model}, source, dtype, lambda do, names: [do(name) for name in names])
     return logits[""], labels
 
 
@@ -121,7 +135,7 @@ def _predict_all(
 
         def look(name: str, batch=batch) -> None:
             with torch.no_grad(), autocast(batch.images.device, dtype):  # a thread has its own grad mode
-                logits[name].append(models[name].eval()(batch.images).float())
+                logits[name].append(logits_of(models[name].eval()(batch.images)).float())
 
         each(look, models)
         labels.append(batch.labels)
@@ -138,11 +152,11 @@ def _pass(batches: BatchSource, epoch: int, part: Part | None) -> Iterator[Batch
 
 def fit(
     learners: Mapping[str, Learner],
-    batches: BatchSource,
+    batches: BatchSource | Iterable[Any],
     schedule: Schedule,
     *,
-    teacher: FrozenTeacher | None = None,
-    validation: BatchSource | None = None,
+    teacher: FrozenTeacher | nn.Module | None = None,
+    validation: BatchSource | Iterable[Any] | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[int, pd.DataFrame], None] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -157,6 +171,10 @@ def fit(
     the epoch's first step, and again when a term joins later in the epoch), val_accuracy, val_loss (after the epoch),
     status ("trained" or "failed"), reason (of a failure), seconds (of the whole group), finished (UNIX time). All
     learners end in eval mode.
+
+    batches, validation: `data.Batches`, `folders.FolderBatches`, or a DataLoader of images and labels, see
+    `entry.LoaderBatches` for what is then repeated and what is not. teacher: a `FrozenTeacher`, or what has its
+    `observe`; of any other network a frozen copy is made. Before anything is trained, all learners try the first batch.
 
     checkpoint: a file that is rewritten after each epoch and taken up by the next call with the same learners, or with
     some of them; it is removed by the caller, when the results are safe. on_epoch(epoch, rows) is called after each
@@ -174,8 +192,10 @@ def fit(
     that the networks are, up to rounding, those of one process; otherwise by those of each process's part, whose mean
     is kept. Dropout draws other masks than in one process.
 
-    Raises ValueError for a damaged checkpoint or one of other learners, and what `parallel.losses_of` raises.
+    Raises TypeError or ValueError, one line, for learners, batches and a teacher that do not go together, ValueError
+    for a damaged checkpoint or one of other learners, and what `parallel.losses_of` raises.
     """
+    batches, validation, teacher = in_one_form(learners, batches, validation, teacher)
     together = parallel.size() > 1
     device = batches.device
     learners = {
@@ -191,9 +211,9 @@ def fit(
     for learner in learners.values():
         learner.silent = parallel.from_first(lambda learner=learner: learner.silent)
     random_state = torch.get_rng_state()
-    wanted = list(dict.fromkeys(layer for learner in learners.values() for layer in learner.teacher_layers))
-    if not any(learner.needs_teacher for learner in learners.values()):
-        teacher = None
+    with autocast(device, dtype):
+        first = next(_pass(batches, 0, parallel.training_part_of if together else None), None)
+        try_first_batch(learners, first, batches, validation, teacher)
 
     synchronized = learners.values() if together and sync_batch_norm else ()
     with (
@@ -209,7 +229,7 @@ def fit(
             for learner in active.values():
                 learner.train()
             own = _pass(batches, epoch, parallel.training_part_of if together else None)
-            observed = _observed(own, teacher, wanted, device, dtype, pool)
+            observed = _observed(own, teacher, layers_of(learners), device, dtype, pool)
             for step, (batch, observation) in enumerate(observed):
                 progress = (epoch + step / len(batches)) / schedule.epochs
                 seed = batches.seed * 1_000_003 + epoch * len(batches) + step + (parallel.rank() << 40)

@@ -398,6 +398,28 @@ def test_a_network_of_torchvision_in_train_mode_and_channels_last_is_exported_an
     assert network.training and network.features[0][0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+
+    def forward(self, x):
+        return {"logits": self.body(x), "pixels": x}
+
+
+def test_a_network_that_returns_more_than_logits_is_exported_with_its_logits_alone(tmp_path):
+    network, pixels = Wrapped(), torch.rand(5, 1, 2, 2)
+    write_programs(network, str(tmp_path), mean=[0.5], std=[0.25], shape=(1, 2, 2))
+    found = torch.export.load(tmp_path / "student.pt2").module()(pixels)
+    assert torch.allclose(found, network((pixels - 0.5) / 0.25)["logits"])
+
+
+def test_numbers_that_are_not_one_for_each_channel_are_refused_by_their_shape(tmp_path):
+    with pytest.raises(ValueError, match=r"one value per channel, shape \(1,\), not \(\), \(2,\)"):
+        write_programs(Wrapped(), tmp_path, mean=0.5, std=[0.3, 0.3], shape=(1, 2, 2))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_onnx_file_gives_the_students_logits(study, capsys):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)

@@ -500,3 +500,22 @@ def test_a_term_of_weight_zero_is_shown_and_no_part_of_the_loss():
     terms = distilled(student, tables, [], logit_weight=0.0).losses(batch, seen)
     assert "kd" in terms and "weighted_kd" not in terms
     assert value(terms["loss"]) == pytest.approx(0.3 * value(terms["cls"]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"ce_weight": 0.0, "logit_weight": 0.0}, "nothing teaches"),
+        ({"ce_weight": -1.0}, "0 or more, temperature above 0, not -1.0, 0.7 and 4.0"),
+        ({"temperature": 0.0}, "not 0.3, 0.7 and 0.0"),
+    ],
+)
+def test_a_student_that_nothing_would_teach_is_refused(changed, says):
+    student, _, tables, _, _ = scene()
+    with pytest.raises(ValueError, match=says):
+        distilled(student, tables, [], **changed)
+
+
+def test_pairs_that_are_plain_tuples_are_refused():
+    with pytest.raises(TypeError, match=r"hint 'at': \('first', 'second'\) must be a HintPair"):
+        Hint("at", [("first", "second")], 1.0)

@@ -38,7 +38,7 @@ from pursuhint_lib.hint_losses import (
     sp_loss,
     vid_loss,
 )
-from pursuhint_lib.logit_losses import dist_loss, dkd_loss, standardize_logits, wsld_loss
+from pursuhint_lib.logit_losses import LOGIT_LOSSES, dist_loss, dkd_loss, standardize_logits, wsld_loss
 from pursuhint_lib.losses import at_loss, attention_map, cls_loss, hint_mse, kd_loss, match_size, unit_length
 
 B, K = 6, 5
@@ -678,3 +678,15 @@ def test_an_attention_map_is_computed_in_float32_too():
     expected = F.normalize((feature.float() ** 2).mean(1).flatten(1), dim=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(attention_map(feature), expected)
+
+
+@pytest.mark.parametrize("name", LOGIT_LOSSES)
+def test_no_logit_loss_takes_different_classes_nor_standardizes_two(name):
+    student, teacher, labels = torch.randn(4, 2), torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
+    with pytest.raises(ValueError, match="student and teacher know 2 and 3 classes"):
+        LOGIT_LOSSES[name](student, torch.randn(4, 3), labels, 4.0)
+    if not name.endswith("_std"):
+        assert LOGIT_LOSSES[name](student, teacher, labels, 4.0).isfinite()
+        return
+    with pytest.raises(ValueError, match="standardized logits of two classes .* teach nothing"):
+        LOGIT_LOSSES[name](student, teacher, labels, 4.0)

@@ -4,6 +4,7 @@ import functools
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -715,3 +716,27 @@ def test_the_state_hash_sees_names_types_shapes_values_and_buffers():
     ]
     assert len(set(hashes)) == len(hashes)
     assert hashes[0] == state_hash(Holder("a", torch.zeros(3, 2).T))
+
+
+def test_facts_may_be_numpys_numbers(tmp_path):
+    facts = {"accuracy": np.float32(0.5), "epochs": np.int64(3), "done": np.bool_(True)}
+    found = load_model(save_model(trained(), tmp_path / "m.safetensors", **facts))[1]
+    assert found == {"accuracy": 0.5, "epochs": 3, "done": True}
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {"version": 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "facts", "says"),
+    [
+        (WithExtraState(2, 2), {}, "WithExtraState cannot be saved: its _extra_state is a dict, and not a tensor"),
+        (nn.Linear(2, 2), {"accuracies": np.zeros(2)}, "a fact is a ndarray: JSON holds numbers"),
+    ],
+)
+def test_what_a_file_of_tensors_cannot_hold_is_one_line_and_nothing_is_written(model, facts, says, tmp_path):
+    with pytest.raises(TypeError) as error:
+        save_model(model, tmp_path / "m.safetensors", **facts)
+    assert str(error.value).startswith(says) and "\n" not in str(error.value) and not list(tmp_path.iterdir())

@@ -215,6 +215,26 @@ def test_images_networks_and_device_that_do_not_fit_are_one_line(tmp_path, home,
     assert all(part in text for part in says), text
 
 
+def test_standardized_logits_of_two_classes_are_refused(tmp_path):
+    methods = {"distill_students__methods": ["at", "dkd_std+at"]}
+    found = load(tmp_path, **methods, common__n_classes=2)
+    says = r"^f: distill_students.methods = 'dkd_std\+at': standardized logits of two classes .* without _std\)$"
+    with pytest.raises(ParameterError, match=says):
+        check_names(found, "f")
+    check_names(load(tmp_path, **methods, common__n_classes=3), "f")
+
+
+@pytest.mark.parametrize("classes", ["a", "ab"])
+def test_the_classes_of_an_image_folder_are_counted(tmp_path, home, classes):
+    for name in classes:
+        (home / "data" / "train" / name).mkdir(parents=True)
+    image_folder(home / "data", ["test"])
+    streamed = {f"common__{key}": value for key, value in STREAMED.items()}
+    found = load(tmp_path, **streamed, distill_students__methods=["kd_std"])
+    with pytest.raises(ParameterError, match="one class leaves nothing" if classes == "a" else "two classes"):
+        check_names(found, "f")
+
+
 def test_a_classifier_that_nobody_teaches_is_refused(tmp_path):
     weights = {"distill_students__ce_weight": 0, "distill_students__kd_weight": 0}
     with pytest.raises(ParameterError, match="^f: distill_students.kd_weight = 0.0: with ce_weight = 0.0, nothing .*"):

@@ -249,6 +249,36 @@ def test_errors_name_what_is_wrong_and_what_is_there(features):
 # ---- What is kept ----
 
 
+@pytest.mark.parametrize(
+    "kind", [lambda x: (x, x), lambda x: {"pixel_values": x}, lambda x: x], ids=["tuple", "dict", "x"]
+)
+def test_images_are_found_in_batches_of_every_form(features, kind):
+    rows = [kind(part) for part in torch.arange(300).split(64)]
+    assert profile_layers(FakeTeacher(features), rows).features.equal(
+        profile_layers(FakeTeacher(features), batches(300, 64)).features
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (torch.zeros(4, 3, 6, 6, dtype=torch.uint8), "the teacher fails on images uint8 (4, 3, 6, 6): "),
+        (torch.zeros(3, 6, 6), "the teacher fails on images float32 (3, 6, 6): "),
+        (np.zeros((4, 3, 6, 6)), "a batch is ndarray, which has no images"),
+    ],
+)
+def test_images_that_the_teacher_cannot_take_are_one_line(images, says):
+    teacher = FrozenTeacher(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)), ["0"])
+    with pytest.raises((TypeError, ValueError)) as error:
+        profile_layers(teacher, [images])
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
+
+
+def test_features_may_be_arrays(features):
+    arrays = {layer: rows.numpy() for layer, rows in features.items()}
+    assert LayerProfile.from_features(arrays).features.equal(LayerProfile.from_features(features).features)
+
+
 def test_beyond_the_images_to_keep_a_uniform_sample_stays(features):
     features = {name: f.repeat(10, *[1] * (f.ndim - 1)) for name, f in features.items()}
     features["number"] = torch.arange(3000.0)[:, None]

@@ -329,6 +329,19 @@ def test_the_schedules_are_one_cycle_and_steps_and_use_no_best_epoch():
     assert rates[:26] == sorted(rates[:26]) and rates[25:] == sorted(rates[25:], reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "epochs", "says"),
+    [
+        ("papper", 3, "schedule 'papper' is unknown (allowed: fast, paper, imagenet)"),
+        ("fast", 0, "epochs must be 1 or more, not 0"),
+    ],
+)
+def test_a_misspelt_or_empty_schedule_is_refused(name, epochs, says):
+    with pytest.raises(ValueError) as error:
+        Schedule(name, epochs, 0.05)
+    assert str(error.value) == says
+
+
 def test_predict_is_in_order_in_eval_mode_and_puts_the_mode_back():
     with seeded(0):
         net = Net(4, dropout=0.9).train()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -79,15 +80,28 @@ def _torchvision_model(name: str, classes: int, channels: int) -> nn.Module:
 def save_model(model: nn.Module, path: Path, **facts: Any) -> Path:
     """Write weights, buffers and facts to one safetensors file, whole or not at all.
 
-    facts: whatever JSON can hold (seed, epochs, accuracy). Equal models and facts give equal bytes.
+    facts: whatever JSON can hold (seed, epochs, accuracy), NumPy's numbers included. Equal models and facts give equal
+    bytes.
+    Raises TypeError, one line, for other facts, and for a model whose state holds more than tensors.
     """
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    about = json.dumps({"model": getattr(model, "spec", None), "facts": facts})
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):  # a quantized module's packed weights, what get_extra_state returns
+            kind = type(model).__name__
+            raise TypeError(f"{kind} cannot be saved: its {name} is a {type(value).__name__}, and not a tensor")
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    about = json.dumps({"model": getattr(model, "spec", None), "facts": facts}, default=_plain)
     # One metadata key, because safetensors writes several in no fixed order.
     metadata = {"pursuhint": json.dumps({"about": about, "sha256": _file_hash(state, about)})}
     with written_whole(path) as temporary:
         safetensors.torch.save_file(state, temporary, metadata=metadata)
     return Path(path)
+
+
+def _plain(fact: Any) -> Any:
+    if isinstance(fact, np.generic):
+        return fact.item()
+    raise TypeError(f"a fact is a {type(fact).__name__}: JSON holds numbers, texts, lists and dicts")
 
 
 def load_model(path: Path, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
