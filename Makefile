@@ -36,7 +36,7 @@ export PURSUHINT_DATA := $(if $(filter /% ~%,$(firstword $(DATA))),$(DATA),$(CUR
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce export figures test lab ui bench strip readme lock clean ready
+.PHONY: help reproduce export figures test arithmetic lab ui bench strip readme lock clean ready
 
 help: ## explain the targets
 	@echo "From which layers of a teacher network should a student take hints?"
@@ -81,6 +81,9 @@ figures: ready ## draw the figures of a published study again from its tables (S
 # In the order of tests/conftest.py, not by number of tests.
 test: ready ## run every test
 	@exec .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+arithmetic: ready ## compare this machine's gradients with float64, for every network of the package
+	@exec .venv/bin/python -m pursuhint_lib.arithmetic
 
 lab: ready ## open the notebooks in JupyterLab
 	@JUPYTER_PREFER_ENV_PATH=1 JUPYTER_PATH="$$PWD/.venv/share/jupyter" exec .venv/bin/python -m jupyterlab \
