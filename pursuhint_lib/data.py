@@ -41,6 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pursuhint_lib import storage
+from pursuhint_lib.errors import first_line
 
 DATA_SETS = ("digits", "cifar10", "cifar100", "image_folder")
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none runs a program to decode
@@ -265,7 +266,7 @@ def _torchvision_cifar(name: str, folder: Path) -> dict[str, ImageSet]:
             parts = {split: dataset(root=folder, train=split == "train", download=True) for split in ("train", "test")}
     except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
         raise FileNotFoundError(
-            f"{name} is not in {folder} and could not be downloaded from {dataset.url} ({_first_line(error)}): put "
+            f"{name} is not in {folder} and could not be downloaded from {dataset.url} ({first_line(error)}): put "
             f"train/<class>/*.png and test/<class>/*.png, or {dataset.filename}, into a folder and name that folder "
             f"in data_folder or PURSUHINT_DATA"
         ) from None
@@ -461,7 +462,7 @@ def _read_cache(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.
         with np.load(path, allow_pickle=False) as arrays:
             images = {split: arrays[split] for split in shapes}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        logger.warning("cache %s is damaged (%s): decoding again", path, _first_line(error))
+        logger.warning("cache %s is damaged (%s): decoding again", path, first_line(error))
         return None
     if any(images[split].shape != shape or images[split].dtype != np.uint8 for split, shape in shapes.items()):
         logger.warning("cache %s does not hold the images expected: decoding again", path)
@@ -536,7 +537,7 @@ def read_image(path: Path, changed: list[str] | None = None) -> Image.Image:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, GROUND), image)
             return image.convert("RGB")
     except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything (SyntaxError, struct.error)
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ValueError(f"{as_text(path)} cannot be used ({reason}): convert, replace or delete it") from None
 
 
@@ -842,7 +843,3 @@ def _random_state(purpose: str, seed: int) -> np.random.RandomState:
 
 def _shortened(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

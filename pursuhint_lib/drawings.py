@@ -19,11 +19,12 @@ import pandas as pd
 from pursuhint_lib import plots
 from pursuhint_lib.choices import choose_number, embed_layers, from_pairs
 from pursuhint_lib.command import run_command
+from pursuhint_lib.errors import first_line
 from pursuhint_lib.hints import METHODS, HintPoints, LayerClustering
 from pursuhint_lib.landscape import landscape_facts, layer_effects, placement, position_curve, subset_table
 from pursuhint_lib.params import STAGES, nearest
 from pursuhint_lib.records import Record
-from pursuhint_lib.status import first_line, short
+from pursuhint_lib.status import short
 from pursuhint_lib.storage import home, read_json, read_table, read_valid
 
 if TYPE_CHECKING:  # notebook 03 draws tables only and need not wait for torch
@@ -483,7 +484,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"no study {study!r}: reports/ holds {', '.join(there) or 'none'}{nearest(study, there)}")
         written = redraw(reports, reports / "figures")
     except (OSError, ValueError, KeyError) as error:
-        print(first_line(error) or type(error).__name__, file=sys.stderr)
+        print(first_line(error), file=sys.stderr)
         return 1
     print(f"{len(written)} figures drawn again in {short(reports / 'figures')}")
     return 0

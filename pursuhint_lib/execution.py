@@ -20,7 +20,8 @@ from typing import Any
 
 from pursuhint_lib import records
 from pursuhint_lib.deaths import oom_kills, way_of_death
-from pursuhint_lib.status import first_line, short
+from pursuhint_lib.errors import first_line
+from pursuhint_lib.status import short
 from pursuhint_lib.storage import REPOSITORY, home, written_whole
 
 

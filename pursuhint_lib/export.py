@@ -34,6 +34,7 @@ from pursuhint_lib.arms import kept_file, parse_method
 from pursuhint_lib.command import run_command
 from pursuhint_lib.comparison import best_on_validation, mean_interval
 from pursuhint_lib.data import Batches, balanced_subset, checked_statistics
+from pursuhint_lib.errors import first_line
 from pursuhint_lib.evaluation import accuracy, count_macs, count_parameters
 from pursuhint_lib.formatting import templates
 from pursuhint_lib.models import load_model
@@ -41,7 +42,7 @@ from pursuhint_lib.params import STAGES, Images, StudentTraining, from_variables
 from pursuhint_lib.provenance import source_state
 from pursuhint_lib.reading import logits_of
 from pursuhint_lib.records import read_record
-from pursuhint_lib.status import command_line, first_line, is_busy, short
+from pursuhint_lib.status import command_line, is_busy, short
 from pursuhint_lib.storage import home, read_json, read_table, report_folder, save_json, sha256, written_whole
 from pursuhint_lib.study import FIXED_BATCH_SIZE, study_images
 from pursuhint_lib.tracking import LAB_TABLE
@@ -509,7 +510,7 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("PURSUHINT_DEBUG"):
             traceback.print_exc()
         expected = isinstance(error, (ValueError, FileNotFoundError))
-        text = first_line(error)
+        text = first_line(str(error))
         shown = text if expected else f"{type(error).__name__}: {text} (PURSUHINT_DEBUG=1 shows where)"
         print(shown, file=sys.stderr)
         return 1

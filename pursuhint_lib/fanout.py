@@ -29,11 +29,12 @@ from typing import Any
 import psutil
 
 from pursuhint_lib.deaths import NOT_KNOWN, oom_kills, way_of_death
+from pursuhint_lib.errors import first_line
 from pursuhint_lib.execution import StageFailed
 from pursuhint_lib.params import ParameterError, nearest
 from pursuhint_lib.progress import duration, read_progress
 from pursuhint_lib.provenance import hardware
-from pursuhint_lib.status import StudyBusy, first_line, short
+from pursuhint_lib.status import StudyBusy, short
 from pursuhint_lib.storage import run_folder, save_json
 from pursuhint_lib.worker import (
     ATTEMPT,

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from pursuhint_lib.errors import first_line
 from pursuhint_lib.reading import logits_of
 
 
@@ -341,7 +342,7 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
         with torch.no_grad():  # else a ScriptModule inside would come back with weights that cannot be frozen
             twin = copy.deepcopy(model)
     except Exception as error:  # whatever a foreign module keeps that cannot be copied
-        kind, reason = type(model).__name__, (str(error).splitlines() or [type(error).__name__])[0]
+        kind, reason = type(model).__name__, first_line(error)
         raise ValueError(f"{kind} cannot be copied, so it cannot be frozen ({reason})") from error
     for parameter in twin.parameters():
         parameter.requires_grad_(False)

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from pursuhint_lib.errors import first_line
 from pursuhint_lib.storage import REPOSITORY, home
 
 PARAMS_FOLDER = REPOSITORY / "params"
@@ -350,7 +351,7 @@ def read_yaml(path: Path, file: str) -> Any:
         place = getattr(error, "problem_mark", None)
         where = f" at line {place.line + 1}" if place else ""
         raise ParameterError(
-            f"{file}: is not valid YAML{where} ({getattr(error, 'problem', None) or _first_line(error)})"
+            f"{file}: is not valid YAML{where} ({getattr(error, 'problem', None) or first_line(error)})"
         ) from None
 
 
@@ -542,7 +543,7 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
                 network.eval()(torch.zeros(1, *shape))
             except Exception as error:  # whatever a foreign network says of images that it cannot take
                 size = "x".join(map(str, shape))
-                raise ParameterError(f"{place}: cannot take images of {size} ({_first_line(error)})") from None
+                raise ParameterError(f"{place}: cannot take images of {size} ({first_line(error)})") from None
             if by_hand:
                 known("profile_layers", "layers", by_hand, dict(network.named_modules()))
                 place = f"{file}: profile_layers.layers = {by_hand!r}"
@@ -552,7 +553,7 @@ def check_names(params: Mapping[str, Study], file: str) -> None:
                 layers = by_hand or candidate_layers(network, before_activation=before_activation)
                 table = layer_table(network, layers, shape)
             except Exception as error:
-                raise ParameterError(f"{place}: {_first_line(error)}") from None
+                raise ParameterError(f"{place}: {first_line(error)}") from None
         candidates[role] = len(layers)
         tokens = table[(table["height"] == 1) & (table["width"] > 1)]["layer"]
         if len(tokens):
@@ -647,7 +648,7 @@ def _check_images(images: Images, file: str) -> tuple[tuple[int, int, int], int]
         try:
             _, classes = list_image_folder(folder, images.n_classes, images.split_seed)
         except (FileNotFoundError, ValueError) as error:
-            raise ParameterError(f"{file}: common.data = 'image_folder': {_first_line(error)}") from None
+            raise ParameterError(f"{file}: common.data = 'image_folder': {first_line(error)}") from None
         if len(classes) == 1:
             raise refuse("data", f"{folder / 'train'} holds one class, {classes[0]!r} (allowed: 2 or more)")
         return (3, images.image_size, images.image_size), len(classes)
@@ -660,7 +661,3 @@ def _check_images(images: Images, file: str) -> tuple[tuple[int, int, int], int]
         most = known.training_images - 1
         raise refuse("validation_per_class", f"leaves a class of {images.data} without images (allowed: 1 to {most})")
     return (known.channels, known.size, known.size), images.n_classes or known.classes
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

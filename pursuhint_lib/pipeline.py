@@ -36,6 +36,7 @@ from typing import Any
 
 from pursuhint_lib import records, tracking
 from pursuhint_lib.command import run_command
+from pursuhint_lib.errors import first_line
 from pursuhint_lib.execution import Execution, StageFailed, copy_whole, kernel_environment, publish, run_notebook
 from pursuhint_lib.fanout import FanOut, Fleet, Work, add_options, settle
 from pursuhint_lib.jobs import Job, job_folder, jobs_of, run_job
@@ -56,7 +57,6 @@ from pursuhint_lib.status import (
     StudyBusy,
     command_line,
     end_process,
-    first_line,
     folders,
     is_busy,
     kept,
@@ -858,7 +858,7 @@ def one_line(error: BaseException) -> str:
             )
         cause = cause.__cause__
     expected = (ParameterError, StageFailed, StudyBusy, OSError, ValueError, tracking.TrackingError)
-    text, known = first_line(error), isinstance(error, expected)
+    text, known = first_line(str(error)), isinstance(error, expected)
     if isinstance(error, OSError) and error.strerror and (name := error.filename2 or error.filename):
         text = f"{short(Path(os.fsdecode(name)))}: {error.strerror}"
     return text if known and text else f"{type(error).__name__}: {text} (PURSUHINT_DEBUG=1 shows where)"

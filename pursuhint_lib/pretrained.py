@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pursuhint_lib import storage
 from pursuhint_lib.arms import kept_file, training_key
 from pursuhint_lib.data import BatchSource
+from pursuhint_lib.errors import first_line
 from pursuhint_lib.evaluation import accuracy, check_says_something
 from pursuhint_lib.models import check_fit, save_model, state_hash
 from pursuhint_lib.training import predict
@@ -88,7 +89,7 @@ def _read(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the program's options
             return torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole file of weights ({_first_line(error)})") from None
+        raise ValueError(f"{path} is not a whole file of weights ({first_line(error)})") from None
     except Exception:  # pickle's errors, of which the one that refuses code explains itself in twenty lines
         raise ValueError(
             f"{path} holds more than weights alone, which is all that is read: save model.state_dict() and nothing else"
@@ -165,7 +166,7 @@ def _download(network: str, name: str) -> dict[str, Tensor]:
             return dict(weights.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise FileNotFoundError(
-            f"weights {name} of {network} could not be downloaded from {weights.url} ({_first_line(error)}): fetch "
+            f"weights {name} of {network} could not be downloaded from {weights.url} ({first_line(error)}): fetch "
             "that file by other means and name it instead"
         ) from None
 
@@ -194,7 +195,3 @@ def keep_pretrained(
     facts = {name: row[name] for name in ("arm", "seed", "status", "val_accuracy")}
     save_model(teacher, kept_file(folder, "teacher", seed), key=key, **facts)
     return pd.DataFrame([row])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pursuhint_lib.errors import first_line
+
 IMAGES = ("images", "image", "pixel_values", "img", "inputs", "x")
 LABELS = ("labels", "label", "targets", "target", "y")
 
@@ -83,5 +85,5 @@ def in_one_line(who: str, images: Tensor) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a foreign network says of images that it cannot take
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ValueError(f"{who} fails on images {form(images)}: {reason}") from error

@@ -8,7 +8,6 @@ notebook's heartbeat.
 import contextlib
 import fcntl
 import os
-import re
 import shlex
 import socket
 import time
@@ -185,11 +184,6 @@ def command_line(verb: str, study: str, options: str = "") -> str:
         if verb == "reproduce"
         else f"python -m pursuhint_lib.pipeline {verb} {shlex.quote(study)}"
     )
-
-
-def first_line(text: Any) -> str:
-    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text))
-    return next((line.strip() for line in plain.splitlines() if line.strip()), "")[:1000]
 
 
 def short(path: Path) -> str:

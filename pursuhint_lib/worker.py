@@ -22,8 +22,8 @@ from typing import Annotated, Any
 import psutil
 from pydantic import BaseModel, Field, FiniteFloat
 
+from pursuhint_lib.errors import first_line
 from pursuhint_lib.execution import KernelDied, StageFailed
-from pursuhint_lib.status import first_line
 from pursuhint_lib.storage import home, read_valid, save_json
 
 ATTEMPT = "attempt.json"
@@ -96,7 +96,7 @@ def run_task(task: Task) -> None:
     except BaseException as error:
         traceback.print_exc()
         kind = "" if isinstance(error, StageFailed) else f"{type(error).__name__}: "
-        ended |= {"error": kind + first_line(error), "again": may_mend(error)}
+        ended |= {"error": kind + first_line(str(error)), "again": may_mend(error)}
     watch.stop()
     ended |= {"seconds": round(time.time() - started, 1), "peak_bytes": watch.peak_bytes}
     save_json(ended, task.folder / ENDED)

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from pursuhint_lib.errors import first_line
 from pursuhint_lib.models.candidates import candidate_layers
 from pursuhint_lib.models.mobilenet_cifar import MOBILENETS
 from pursuhint_lib.models.resnet_cifar import RESNETS
@@ -127,7 +128,7 @@ def load_model(path: Path, model: nn.Module | None = None) -> tuple[nn.Module, d
             raise ValueError("its content is not what was saved")
         about = json.loads(written["about"])
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{path} is not a whole model file ({reason}): delete it and train the model again") from None
     if model is None:
         if about["model"] is None:

@@ -10,6 +10,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from pursuhint_lib.errors import first_line
 from pursuhint_lib.features import blank_image, check_model, is_feature, undisturbed
 
 ENOUGH = 8  # with fewer layers to choose from there is little to choose
@@ -258,13 +259,13 @@ def _calls(model: nn.Module, layers: list[str], image_shape: tuple[int, ...] | N
                 model(blank_image(model, image_shape))
         except Exception as error:  # whatever a foreign network says of images that it cannot take
             size = "x".join(map(str, image_shape))
-            raise ValueError(f"{kind} cannot take an image of {size} ({_first_line(error)})") from error
+            raise ValueError(f"{kind} cannot take an image of {size} ({first_line(error)})") from error
         return calls
     try:
         with undisturbed(model):
             _CallTracer(names, note).trace(_OneImage(model))
     except Exception as error:  # whatever a foreign forward pass raises when it is handed a symbol instead of an image
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ValueError(f"cannot trace the order of {kind}'s layers ({reason}): pass image_shape=(C, H, W)") from error
     return calls
 
@@ -297,7 +298,3 @@ class _CallTracer(torch.fx.Tracer):
         if module in self.watched:
             self.note(module, args, output)
         return output
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
