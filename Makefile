@@ -15,7 +15,7 @@ ARGS =
 NOTEBOOKS = notebooks/*.ipynb
 PYTHON ?=
 # Tried in this order where none is named: the version of the studies of record first.
-PYTHONS = python3.11 python3.12 python3.13 python3.14 python3 python
+override PYTHONS := python3.11 python3.12 python3.13 python3.14 python3 python
 
 # What is given reaches commands by the environment, to the letter, so that neither make nor a shell executes a part of
 # it. ARGS alone is meant for the shell: the end of a command line, with quotes and all.
@@ -59,9 +59,9 @@ help: ## explain the targets
 	@echo "  PYTHON=path   the Python to set up with (3.11 to 3.14)"
 
 # A study ends with the make that started it, also where that is killed.
-RUN = exec env PURSUHINT_PARENT=$$PPID .venv/bin/python -m
-JOB_OPTIONS = --jobs="$$JOBS" --executor="$$EXECUTOR" --cores="$$JOB_CORES" --gpus="$$JOB_GPUS" --slurm="$$SLURM"
-FORCED = $(filter-out 0 no false,$(FORCE))
+override RUN = exec env PURSUHINT_PARENT=$$PPID .venv/bin/python -m
+override JOB_OPTIONS = --jobs="$$JOBS" --executor="$$EXECUTOR" --cores="$$JOB_CORES" --gpus="$$JOB_GPUS" --slurm="$$SLURM"
+override FORCED = $(filter-out 0 no false,$(FORCE))
 
 reproduce: ready ## run a study, from images to report (STUDY, FORCE, DATA, EXECUTOR ...), or many (GRID, JOBS ...)
 ifneq ($(GRID),)
@@ -116,7 +116,7 @@ clean: ## remove what running made: runs/, MLflow's store, caches (.venv, data/ 
 ready:
 	@$(call WITH_PYTHON,tools/setup_venv.py)
 
-WITH_PYTHON = for name in $(if $(PYTHON),"$$PYTHON",$(PYTHONS)); do \
+override WITH_PYTHON = for name in $(if $(PYTHON),"$$PYTHON",$(PYTHONS)); do \
     if "$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null; then \
       exec "$$name" $(1); \
     fi; \

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from pursuhint_lib import arithmetic, parallel
-from pursuhint_lib.arithmetic import check_arithmetic, suited_format
+from pursuhint_lib.arithmetic import check_arithmetic, contiguous_where_faulty, suited_format
 from pursuhint_lib.controls import ControlTeacher, control_teacher
 from pursuhint_lib.data import BatchSource
 from pursuhint_lib.features import FrozenTeacher
@@ -257,7 +257,7 @@ class Distillation:
         learner.to(self.device, memory_format=suited_format(learner.model, self.device))
         if arm.hints:
             first = list(itertools.islice(self.batches(seed).epoch(0), 4))
-            with autocast(self.device, self.dtype):
+            with autocast(self.device, self.dtype), contiguous_where_faulty([learner], self.device):
                 observations = [self.teacher.observe(batch.images, layers=learner.teacher_layers) for batch in first]
                 try:
                     if self.params.balance == "gradient":

@@ -1,5 +1,6 @@
 """How a process died, in words: of kernels, of jobs, of processes that train together, of a grid's studies."""
 
+import contextlib
 import re
 import signal
 from pathlib import Path
@@ -13,12 +14,22 @@ NOT_KNOWN = "a crash, or killed from outside, or out of memory"
 
 
 def oom_kills() -> int:
-    """How many processes this system has killed for lack of memory since its start; 0 where it does not count them."""
-    try:
-        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.M)
-    except OSError:
-        return 0
-    return int(found[1]) if found else 0
+    """How many processes were killed for lack of memory so far, in this process's own group of processes (cgroup v2 or
+    v1), or where that is not told, on this machine; 0 where nobody counts them.
+    """
+    places = ["/proc/vmstat"]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kind, path = line.split(":", 2)
+            if "memory" in kind.split(","):
+                places.insert(0, f"/sys/fs/cgroup/memory{path}/memory.oom_control")
+            elif not kind:
+                places.insert(0, f"/sys/fs/cgroup{path}/memory.events")
+    for place in places:
+        with contextlib.suppress(OSError):
+            if found := re.search(r"^oom_kill (\d+)$", Path(place).read_text(), re.M):
+                return int(found[1])
+    return 0
 
 
 def way_of_death(code: int | str, kills_before: int, peak_bytes: int = 0, said: str = "") -> str:

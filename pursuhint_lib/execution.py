@@ -99,9 +99,9 @@ class Execution:
 
         error = self._error
         if isinstance(error, DeadKernelError) or (isinstance(error, RuntimeError) and "Kernel died" in str(error)):
-            where, said = self._mark_dead_cell(), self.folder / records.SAID
+            (where, written), said = self._mark_dead_cell(), self.folder / records.SAID
             text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
-            how = way_of_death(self._process.returncode, self._kills_before, self.peak_bytes, text)
+            how = way_of_death(self._process.returncode, self._kills_before, self.peak_bytes, f"{written}\n{text}")
             raise KernelDied(f"{stage}: the kernel died {where}: {how}{self._kept()}")
         if isinstance(error, papermill.PapermillExecutionError):
             reason = f"{error.ename}: {first_line(error.evalue)}"
@@ -130,13 +130,15 @@ class Execution:
             return f"; notebook as it stopped: {short(self.folder / records.FAILED)}"
         return ""
 
-    def _mark_dead_cell(self) -> str:
-        """A dead kernel's cells are all marked "completed": put that right. Returns where it died."""
+    def _mark_dead_cell(self) -> tuple[str, str]:
+        """A dead kernel's cells are all marked "completed": put that right. Returns where it died, and what the cell
+        had written to stderr by then.
+        """
         path = self.folder / records.RUNNING
         try:
             notebook = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return "before its first cell"
+            return "before its first cell", ""
         code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
         begun = [cell for cell in notebook["cells"] if cell["metadata"].get("papermill", {}).get("start_time")]
         for cell in notebook["cells"]:
@@ -147,7 +149,10 @@ class Execution:
         notebook["metadata"].setdefault("papermill", {})["exception"] = True
         with contextlib.suppress(OSError):
             path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False), encoding="utf-8")
-        return f"in cell [{sum(cell in begun for cell in code)}]" if begun else "before its first cell"
+        if not begun:
+            return "before its first cell", ""
+        said = [output["text"] for output in begun[-1].get("outputs", ()) if output.get("name") == "stderr"]
+        return f"in cell [{sum(cell in begun for cell in code)}]", "".join(map("".join, said))
 
     def _execute(self) -> None:
         try:

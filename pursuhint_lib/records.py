@@ -227,7 +227,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def _digest(path: Path) -> str:
     try:
         return sha256(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return ""
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pursuhint_lib import parallel
-from pursuhint_lib.arithmetic import suited_format
+from pursuhint_lib.arithmetic import contiguous_where_faulty, suited_format
 from pursuhint_lib.data import Batch, BatchSource, Part
 from pursuhint_lib.entry import as_source, device_of, in_one_form, layers_of, try_first_batch
 from pursuhint_lib.features import FrozenTeacher, Observation
@@ -219,6 +219,7 @@ def fit(
     with (
         _Workers(workers if device.type == "cpu" and not together else 1) as pool,
         parallel.synchronized_batch_norm(synchronized),
+        contiguous_where_faulty(learners.values(), device),
     ):
         for epoch in range(state["epoch"], schedule.epochs):
             started = time.perf_counter()

@@ -224,14 +224,11 @@ def test_standardized_logits_of_two_classes_are_refused(tmp_path):
     check_names(load(tmp_path, **methods, common__n_classes=3), "f")
 
 
-@pytest.mark.parametrize("classes", ["a", "ab"])
-def test_the_classes_of_an_image_folder_are_counted(tmp_path, home, classes):
-    for name in classes:
-        (home / "data" / "train" / name).mkdir(parents=True)
-    image_folder(home / "data", ["test"])
+def test_the_classes_of_an_image_folder_are_counted(tmp_path, home):
+    image_folder(home / "data", ["train", "test"])
     streamed = {f"common__{key}": value for key, value in STREAMED.items()}
     found = load(tmp_path, **streamed, distill_students__methods=["kd_std"])
-    with pytest.raises(ParameterError, match="one class leaves nothing" if classes == "a" else "two classes"):
+    with pytest.raises(ParameterError, match="two classes"):
         check_names(found, "f")
 
 

@@ -869,8 +869,8 @@ def test_choices_of_another_number_of_layers_are_no_other_choice_of_layers(home)
 def test_a_notebook_run_by_hand_names_its_run_and_source(home):
     runs = make_study(home, records=False)
     for number, stage in enumerate(STAGES):
-        about = {"runs": {"notebook": f"{number}e" * 16}, "source": {"commit": f"{number}c" * 20, "dirty": False}}
-        save_json(about, runs / stage / LAB_RECORD)
+        about = {"source": {"commit": f"{number}c" * 20, "dirty": False}, "versions": {}, "hardware": {}}
+        save_json(about | {"runs": {"notebook": f"{number}e" * 16, "trained_at": {}}}, runs / stage / LAB_RECORD)
     page = report(home)
     row = next(row for row in page.all("tr") if row.get("data-stage") == "04_distill_students")
     assert "3e" * 16 in text(row) and ("3c" * 20)[:7] in text(row)

@@ -14,7 +14,7 @@ MADE += ["notebooks/.ipynb_checkpoints", "pursuhint_lib/**/__pycache__", "tests/
 def clean() -> None:
     """Raises SystemExit, one line, when a lock of a study or a grid is held, and OSError."""
     with contextlib.ExitStack() as held:  # all locks to the end, so that nothing begins meanwhile
-        for path in [*ROOT.glob("runs/*/.lock"), *ROOT.glob("runs/grids/*/.lock")]:
+        for path in filter(Path.is_file, [*ROOT.glob("runs/*/.lock"), *ROOT.glob("runs/grids/*/.lock")]):
             try:
                 fcntl.flock(held.enter_context(open(path)), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
