@@ -118,10 +118,11 @@ def _damage(path: Path) -> str:
         with contextlib.closing(sqlite3.connect(path, timeout=_LOCKED_S)) as database:
             if (found := database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 return found.splitlines()[0]
+            if not database.execute("SELECT 1 FROM experiments").fetchone():  # MLflow makes its first one last
+                return "it was left half made"
             for table in ("alembic_version", "runs", "metrics", "latest_metrics", "params", "tags"):
                 database.execute(f"SELECT 1 FROM {table} LIMIT 1")
-            whole = database.execute("SELECT 1 FROM experiments").fetchone()  # MLflow makes its first one last
-            return "" if whole else "it was left half made"
+            return ""
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
             raise TrackingError(f"{path} is locked by another process, for {_LOCKED_S} s now") from None

@@ -222,7 +222,9 @@ def test_what_is_given_to_make_reaches_python_to_the_letter_and_executes_nothing
 
 @pytest.mark.parametrize("target", ["reproduce", "strip", "lab", "clean"])
 def test_what_a_recipe_reads_itself_and_its_folder_are_not_executed_either(clone, target):
-    make(target, *(f"{name}={HOSTILE}" for name in ("FORCE", "DATA", "NOTEBOOKS", "PYTHON")), cwd=clone)
+    make(
+        target, *(f"{name}={HOSTILE}" for name in ("FORCE", "DATA", "NOTEBOOKS", "PYTHON", "PYTHONS", "RUN")), cwd=clone
+    )
     assert not list(clone.rglob("x"))
 
 
@@ -312,6 +314,13 @@ def test_a_venv_that_was_copied_to_another_folder_is_whole_there_and_untouched_h
     assert named == []
     tool = subprocess.run([there / ".venv" / "bin" / "tool"], capture_output=True, text=True)
     assert tool.stdout == f"{there / '.venv'}\n", tool.stderr
+
+
+def test_make_clean_takes_a_folder_in_the_place_of_a_lock_away_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(clean, "ROOT", tmp_path)
+    (tmp_path / "runs" / "odd" / ".lock").mkdir(parents=True)
+    clean.clean()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_make_clean_removes_what_running_made_but_nothing_while_a_study_or_a_grid_runs(tmp_path, monkeypatch):

@@ -67,6 +67,7 @@ print("working in", os.environ["PURSUHINT_HOME"] + "/runs")""",
     """if fault == "raise": raise ValueError(f"damaged checkpoint {study}: delete it\\nsecond line")
 if fault == "exit": sys.exit(0)
 if fault.startswith("SIG"):
+    print("a warning", file=sys.stderr, flush=True)
     os.write(2, b"free(): invalid pointer\\n")
     import signal
     os.kill(os.getpid(), signal.Signals[fault])
@@ -419,7 +420,10 @@ def test_a_kernel_that_died_says_how_and_what_it_said_last(toy, capsys, monkeypa
     assert toy.run() == 1
     told = capsys.readouterr().err
     assert f"the kernel died in cell [4]: {how}; peak memory " in told and told.count("\n") == 1
-    assert f"of {memory / 2**30:.1f} GB; it said last: free(): invalid pointer; notebook as it stopped: " in told
+    assert (
+        f"of {memory / 2**30:.1f} GB; it said last: a warning / free(): invalid pointer; notebook as it stopped: "
+        in told
+    )
     said = (toy.make / "failed.txt").read_text()
     crashed = how.startswith(("SIGSEGV", "SIGABRT"))
     assert ("Fatal Python error: " in said and "most recent call first" in said) == crashed

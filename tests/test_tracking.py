@@ -110,6 +110,11 @@ def test_an_unreachable_tracker_is_one_line(store, monkeypatch):
 # --- A store that cannot be used
 
 
+def without_runs(path):
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("DROP TABLE runs")
+
+
 def half_made(path):
     """As left by a process that was killed between two of MLflow's migrations."""
     with contextlib.closing(sqlite3.connect(path)) as database:
@@ -135,6 +140,7 @@ def quickly_made(empty_database, monkeypatch):
         (lambda path: os.truncate(path, 100_000), "database disk image is malformed"),
         (lambda path: os.truncate(path, 0), "no such table: experiments"),
         (lambda path: path.write_bytes(b"garbage" * 1000), "file is not a database"),
+        (without_runs, "no such table: runs"),
         (lambda path: (path.unlink(), path.mkdir()), "it is no file"),
     ],
 )
