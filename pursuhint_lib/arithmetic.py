@@ -31,8 +31,8 @@ class WrongArithmetic(ArithmeticError):
 def suited_format(model: nn.Module, device: torch.device) -> torch.memory_format:
     """The memory format in which `model` is trained on `device`: channels last, if that is safe.
 
-    On a CPU channels last takes 0.8 to 1.0 of the time of a step of nearly all networks. But there oneDNN's
-    weight gradient of a strided 1x1 convolution of fewer input channels than its block (of one group; a single channel
+    On a CPU channels last is the faster one for nearly all networks (measured: reports/bench/memory_format.md, so far
+    on AVX2). But there oneDNN's weight gradient of a strided 1x1 convolution of fewer input channels than its block (of one group; a single channel
     is fine) writes past a buffer: with one thread the heap is damaged, with several the gradient is wrong (oneDNN issue
     6035; seen with torch 2.15.0 and its oneDNN 3.13.3 on AVX2, not in the contiguous format). A model that has such a
     layer is contiguous as a whole, on every CPU alike, so that machines stay comparable. This rule can go when every
