@@ -32,11 +32,11 @@ def suited_format(model: nn.Module, device: torch.device) -> torch.memory_format
     """The memory format in which `model` is trained on `device`: channels last, if that is safe.
 
     On a CPU channels last is the faster one for nearly all networks (measured: reports/bench/memory_format.md, so far
-    on AVX2). But there oneDNN's weight gradient of a strided 1x1 convolution of fewer input channels than its block (of one group; a single channel
-    is fine) writes past a buffer: with one thread the heap is damaged, with several the gradient is wrong (oneDNN issue
-    6035; seen with torch 2.15.0 and its oneDNN 3.13.3 on AVX2, not in the contiguous format). A model that has such a
-    layer is contiguous as a whole, on every CPU alike, so that machines stay comparable. This rule can go when every
-    torch that is allowed here brings a oneDNN with the mend.
+    on AVX2). But there oneDNN's weight gradient of a strided 1x1 convolution of fewer input channels than its block
+    (of one group; a single channel is fine) writes past a buffer: with one thread the heap is damaged, with several the
+    gradient is wrong (oneDNN issue 6035; seen with torch 2.15.0 and its oneDNN 3.13.3 on AVX2, not in the contiguous
+    format). A model that has such a layer is contiguous as a whole, on every CPU alike, so that machines stay
+    comparable. This rule can go when every torch that is allowed here brings a oneDNN with the mend.
 
     A strided 1x1 convolution that is no `nn.Conv2d` (a call of `torch.nn.functional.conv2d`) is not seen.
     """
