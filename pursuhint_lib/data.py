@@ -52,6 +52,11 @@ _DIGITS_SPLIT_SEED = 0
 _DOWNLOAD_TIMEOUT = 30  # seconds of silence; a closed network must end in an error, not in a wait for ever
 _DECODE_CHUNK = 128  # images per task of the thread pool
 _DEEP = re.compile("^[IF]|;16[BLN]")  # in Pillow's mode and raw modes of an image: more than 8 bits a channel
+# What Pillow makes 8 bits of: where a file's bytes tell the depth of the first channel, and the bits set only above 8.
+_DEPTH = {
+    "JPEG2000": (re.compile(rb"\xff\x4f\xff\x51.{38}(.)", re.DOTALL), 0x78),  # Ssiz of the SIZ marker: bits - 1
+    "AVIF": (re.compile(rb"av1C..(.)", re.DOTALL), 0x40),  # high_bitdepth of the AV1 configuration
+}
 
 logger = logging.getLogger(__name__)
 
@@ -523,7 +528,7 @@ def read_image(path: Path, changed: list[str] | None = None) -> Image.Image:
     changed = [] if changed is None else changed
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if _DEEP.search(f"{image.mode} {image.tile}"):
+            if _is_deep(image, path):
                 raise ValueError("more than 8 bits a channel, and which values are black and white is not known")
             if getattr(image, "is_animated", False) and image.format != "MPO":  # where others are previews of the first
                 changed.append("first of several frames")
@@ -539,6 +544,17 @@ def read_image(path: Path, changed: list[str] | None = None) -> Image.Image:
     except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything (SyntaxError, struct.error)
         reason = first_line(error)
         raise ValueError(f"{as_text(path)} cannot be used ({reason}): convert, replace or delete it") from None
+
+
+def _is_deep(image: Image.Image, path: Path) -> bool:
+    """Whether a channel has more than 8 bits. `image` is open, and not decoded."""
+    if image.format == "PPM" and isinstance(arguments := image.tile[0].args, tuple) and arguments[1] > 255:
+        return True  # the value of white
+    if image.format in _DEPTH:
+        pattern, above_8 = _DEPTH[image.format]
+        found = pattern.search(path.read_bytes())
+        return bool(found and found[1][0] & above_8)
+    return bool(_DEEP.search(f"{image.mode} {image.tile}"))
 
 
 def _is_turned(image: Image.Image) -> bool:

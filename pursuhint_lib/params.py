@@ -97,7 +97,7 @@ class Images(Study):
     data_folder: str = ""  # empty: $PURSUHINT_DATA, else data/ in the repository
     n_classes: CountOrNone = 0  # a seeded subset of the classes; 0 = all
     image_size: _whole(0, 4096) = 0  # image_folder only: side in pixels
-    streaming: StrictBool = False  # image_folder only: decode the images anew in every epoch, for sets larger than the memory
+    streaming: StrictBool = False  # image_folder only: decode images anew in every epoch, for sets larger than memory
     loaders: _whole(0, 1024) = 2  # streaming only: processes that decode; they change no result
     channel_statistics: Literal["training_images", "imagenet"] = (
         "training_images"  # what images are normalized with; imagenet: what torchvision's weights expect
@@ -142,7 +142,7 @@ class StudentTraining(Study):
     # Processes that train each network together, each on its part of a batch, with a GPU of its own or with threads //
     # processes threads, at least 1. Hints sp, cc, rkd and pkt and logits dist then relate the images of a part only.
     processes: AtATime = 1
-    sync_batch_norm: StrictBool = False  # with processes: normalize by the statistics of the whole batch, as one process does
+    sync_batch_norm: StrictBool = False  # with processes: normalize by statistics of the whole batch, as one does
 
     @field_validator("processes")
     @classmethod
