@@ -52,6 +52,11 @@ _DIGITS_SPLIT_SEED = 0
 _DOWNLOAD_TIMEOUT = 30  # seconds of silence; a closed network must end in an error, not in a wait for ever
 _DECODE_CHUNK = 128  # images per task of the thread pool
 _DEEP = re.compile("^[IF]|;16[BLN]")  # in Pillow's mode and raw modes of an image: more than 8 bits a channel
+# What Pillow makes 8 bits of: where a file's bytes tell the depth of the first channel, and the bits set only above 8.
+_DEPTH = {
+    "JPEG2000": (re.compile(rb"\xff\x4f\xff\x51.{38}(.)", re.DOTALL), 0x78),  # Ssiz of the SIZ marker: bits - 1
+    "AVIF": (re.compile(rb"av1C..(.)", re.DOTALL), 0x40),  # high_bitdepth of the AV1 configuration
+}
 
 logger = logging.getLogger(__name__)
 
@@ -383,16 +388,25 @@ def _suffixes() -> tuple[str, ...]:
 def _list_split(folder: Path, split: str, passed: Counter[str]) -> dict[str, list[ImageFile]]:
     """Image files by class, both sorted by name; what is passed over is counted in `passed`.
 
-    The class of a file is the folder below `split` that it lies in, however deep; or, where there is a table of them,
-    as in the ``val/`` of Tiny ImageNet, the second word of the file's line in ``<split>_annotations.txt``.
+    The class of a file is the folder below `split` that it lies in, however deep; or, where no such folder is a class
+    of the table ``<split>_annotations.txt``, as in the ``val/`` of Tiny ImageNet, the second word of the file's line in
+    it. Raises ValueError for two classes of one name as text.
     """
     if not (folder / split).is_dir():
         return {}
     table = folder / split / f"{split}_annotations.txt"
     lines = table.read_text(encoding="utf-8", errors="replace").splitlines() if table.is_file() else []
     class_of = {name: class_name for name, class_name, *_ in (f"{line}\t\t".split("\t") for line in lines)}
+    below = storage.files_below(folder / split)
+    if lines:
+        below = list(below)
+        folders = {path.partition("/")[0] for path, _ in below if "/" in path}
+        named = {class_of.get(path.rpartition("/")[2]) for path, _ in below} - {None, ""}
+        if folders & set(class_of.values()) or not named:
+            class_of = {}
+            passed[f"{table.name}, as folders are the classes"] += 1
     classes: dict[str, list[ImageFile]] = {}
-    for path, status in storage.files_below(folder / split):
+    for path, status in below:
         top, inside, _ = path.partition("/")
         name = path.rpartition("/")[2]
         class_name = class_of.get(name, "") if class_of else top if inside else ""
@@ -402,6 +416,10 @@ def _list_split(folder: Path, split: str, passed: Counter[str]) -> dict[str, lis
         elif name and path != table.name:
             what = f"*{Path(name).suffix}" if class_name else "outside the folders of classes"
             passed["hidden" if name.startswith(".") else what] += 1
+    for text, count in Counter(map(as_text, classes)).items():
+        if count > 1:
+            where = as_text(folder / split)
+            raise ValueError(f"{where} holds {count} classes whose name as text is {text}: rename one")
     return {as_text(class_name): sorted(found) for class_name, found in sorted(classes.items())}
 
 
@@ -413,8 +431,9 @@ def _say_passed_over(folder: Path, passed: Counter[str]) -> None:
 
 
 def as_text(name: str | Path) -> str:
-    """The name of a file or folder as text, bytes that are not UTF-8 written as ``\\xe9``."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """The name of a file or folder as one line of text: bytes that are not UTF-8 as ``\\xe9``, new lines as ``\\n``."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029]", lambda odd: odd[0].encode("unicode_escape").decode(), text)
 
 
 def _decoded_sets(
@@ -430,22 +449,23 @@ def _decoded_sets(
     flat = {split: [file for found in by_class.values() for file in found] for split, by_class in files.items()}
     shapes = {split: (len(found), 3, image_size, image_size) for split, found in flat.items()}
     # Pillow's version is in the key because its decoders and its resizing may change by a bit; the folder, because
-    # another may hold files of equal names, sizes and times.
-    listing = json.dumps([PIL.__version__, image_size, str(folder.resolve()), flat])
+    # another may hold files of equal names, sizes and times. The first number goes up when `read_image` refuses
+    # more, or a cache holds more.
+    listing = json.dumps([1, PIL.__version__, image_size, str(folder.resolve()), flat])
     key = hashlib.sha256(listing.encode()).hexdigest()[:16]
     cache = storage.home() / "data" / "cache" / f"{name}-{key}.npz"
-    images = _read_cache(cache, shapes)
+    total = sum(map(len, flat.values()))
+    changed: list[str] = []
+    images = _read_cache(cache, shapes, changed)
     if images is None:
         _check_memory(folder, shapes)
-        total = sum(map(len, flat.values()))
-        changed: list[str] = []
         with tqdm(total=total, desc=f"decoding {name}", unit=" images", disable=None) as progress:
             images = {
                 split: _decode(folder, found, image_size, resize, progress, changed) for split, found in flat.items()
             }
-        say_changed(folder, total, changed)
         with storage.written_whole(cache) as temporary:
-            np.savez(temporary, **images)
+            np.savez(temporary, **images, changed=np.array(changed, dtype=np.str_))
+    say_changed(folder, total, changed)
     sets = {}
     for split, by_class in files.items():
         label = {class_name: position for position, class_name in enumerate(classes)}
@@ -454,19 +474,23 @@ def _decoded_sets(
     return sets
 
 
-def _read_cache(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray] | None:
-    """The cached images, or None when there are none or they are damaged (.npz holds a checksum of each array)."""
+def _read_cache(path: Path, shapes: dict[str, tuple[int, ...]], changed: list[str]) -> dict[str, np.ndarray] | None:
+    """The cached images, or None when there are none or they are damaged (.npz holds a checksum of each array).
+
+    changed: see `read_image`; what was needed when they were decoded.
+    """
     if not path.exists():
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            images = {split: arrays[split] for split in shapes}
+            images, said = {split: arrays[split] for split in shapes}, arrays["changed"].tolist()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         logger.warning("cache %s is damaged (%s): decoding again", path, first_line(error))
         return None
     if any(images[split].shape != shape or images[split].dtype != np.uint8 for split, shape in shapes.items()):
         logger.warning("cache %s does not hold the images expected: decoding again", path)
         return None
+    changed += said
     return images
 
 
@@ -523,7 +547,7 @@ def read_image(path: Path, changed: list[str] | None = None) -> Image.Image:
     changed = [] if changed is None else changed
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if _DEEP.search(f"{image.mode} {image.tile}"):
+            if _is_deep(image, path):
                 raise ValueError("more than 8 bits a channel, and which values are black and white is not known")
             if getattr(image, "is_animated", False) and image.format != "MPO":  # where others are previews of the first
                 changed.append("first of several frames")
@@ -539,6 +563,17 @@ def read_image(path: Path, changed: list[str] | None = None) -> Image.Image:
     except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything (SyntaxError, struct.error)
         reason = first_line(error)
         raise ValueError(f"{as_text(path)} cannot be used ({reason}): convert, replace or delete it") from None
+
+
+def _is_deep(image: Image.Image, path: Path) -> bool:
+    """Whether a channel has more than 8 bits. `image` is open, and not decoded."""
+    if image.format == "PPM" and isinstance(arguments := image.tile[0].args, tuple) and arguments[1] > 255:
+        return True  # the value of white
+    if image.format in _DEPTH:
+        pattern, above_8 = _DEPTH[image.format]
+        found = pattern.search(path.read_bytes())
+        return bool(found and found[1][0] & above_8)
+    return bool(_DEEP.search(f"{image.mode} {image.tile}"))
 
 
 def _is_turned(image: Image.Image) -> bool:

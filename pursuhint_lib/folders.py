@@ -197,8 +197,9 @@ class FolderBatches(BatchSource):
     loaders: processes that decode, each two batches ahead; with 0, this process decodes when a batch is asked for. They
         live as long as a pass is read, and end with it or with this process, however it ends.
 
-    A pass raises ValueError, one line that names the file, for an image that `data.read_image` refuses. Raises
-    ValueError, in one line, for an empty set or a value that makes no sense.
+    A pass raises ValueError, one line that names the file, for an image that `data.read_image` refuses; it does not log
+    `data.say_changed`, as `FolderSet.images` does. Raises ValueError, in one line, for an empty set or a value that
+    makes no sense.
     """
 
     def __init__(

@@ -6,9 +6,9 @@ notebooks that use it. Two checks, both before anything is trained: `load_params
 no torch) and `check_names` (images, networks, layers, metrics, strategies and methods exist and fit each other; needs
 torch).
 
-YAML traps handled here: PyYAML reads ``1e-3`` as a string (numbers are parsed from such strings), ``010`` as 8 and
-``1:30`` as 90 (refused), and ``yes`` as true (a boolean is refused where a number or a name is meant), and of a key
-given twice it takes the last (refused).
+YAML traps handled here: PyYAML reads ``1e-3`` as a string (numbers are parsed from such strings, but not from ``089``
+or ``1_0e-4``), ``010`` as 8 and ``1:30`` as 90 (refused), and ``yes`` as true (a boolean is refused where a number or a
+name is meant, and no other value is one), and of a key given twice it takes the last (refused).
 """
 
 import difflib
@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from pursuhint_lib.errors import first_line
 from pursuhint_lib.storage import REPOSITORY, home
@@ -33,9 +43,11 @@ class ParameterError(ValueError):
     """A parameter file that cannot be run. The text is one line: file, key, value, what is allowed."""
 
 
-def _no_boolean(value: Any) -> Any:
+def _as_it_looks(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("should be a number, not true or false")
+    if isinstance(value, str) and re.search(r"_|^\s*[-+]?0\d", value):  # PyYAML's text, which pydantic would parse
+        raise ValueError("should be a decimal number, without _ or a leading 0")
     return value
 
 
@@ -46,7 +58,7 @@ def _all_different(values: list) -> list:
     return values
 
 
-_NUMBER = BeforeValidator(_no_boolean)
+_NUMBER = BeforeValidator(_as_it_looks)
 
 
 # Every number has both ends, far beyond what makes sense: what is further out would only fail later, or never end.
@@ -65,9 +77,7 @@ Seed = _whole(0, 2**31 - 1)
 Positive = _real(1e-9, 1e9)
 Weight = _real(0, 1e9)
 Name = Annotated[str, Field(min_length=1)]
-Names = Annotated[
-    list[Name], Field(min_length=1), BeforeValidator(lambda v: _all_different(v) if isinstance(v, list) else v)
-]
+Names = Annotated[list[Name], Field(min_length=1), AfterValidator(_all_different)]
 
 
 class Study(BaseModel):
@@ -87,14 +97,14 @@ class Images(Study):
     data_folder: str = ""  # empty: $PURSUHINT_DATA, else data/ in the repository
     n_classes: CountOrNone = 0  # a seeded subset of the classes; 0 = all
     image_size: _whole(0, 4096) = 0  # image_folder only: side in pixels
-    streaming: bool = False  # image_folder only: decode the images anew in every epoch, for sets larger than the memory
+    streaming: StrictBool = False  # image_folder only: decode images anew in every epoch, for sets larger than memory
     loaders: _whole(0, 1024) = 2  # streaming only: processes that decode; they change no result
     channel_statistics: Literal["training_images", "imagenet"] = (
         "training_images"  # what images are normalized with; imagenet: what torchvision's weights expect
     )
     noise: _real(0, 100) = 0.5  # standard deviation of Gaussian pixel noise on the [0, 1] scale
     crop_padding: CountOrNone = 1  # training only: pad by so many pixels, crop at random
-    flip: bool = False  # training only: mirror half of the images
+    flip: StrictBool = False  # training only: mirror half of the images
     evaluation_repeats: _whole(1, 1000) = 1  # noise draws per validation and test image
     validation_per_class: Count = 20  # taken from the training images
     split_seed: Seed = 0  # draws the classes, the validation and the probe images
@@ -120,9 +130,7 @@ class Networks(Study):
 class StudentTraining(Study):
     """How every student is trained, aided or not."""
 
-    seeds: Annotated[
-        list[Seed], Field(min_length=1), BeforeValidator(lambda v: _all_different(v) if isinstance(v, list) else v)
-    ] = [0, 1]
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_all_different)] = [0, 1]
     batch_size: _whole(2, 1_000_000) = 64
     schedule: Literal["fast", "paper", "imagenet"] = (
         "fast"  # fast: one cycle; paper: x0.1 at 62.5, 75 and 87.5 % of the epochs; imagenet: at 30, 60 and 90 %
@@ -134,7 +142,7 @@ class StudentTraining(Study):
     # Processes that train each network together, each on its part of a batch, with a GPU of its own or with threads //
     # processes threads, at least 1. Hints sp, cc, rkd and pkt and logits dist then relate the images of a part only.
     processes: AtATime = 1
-    sync_batch_norm: bool = False  # with processes: normalize by the statistics of the whole batch, as one process does
+    sync_batch_norm: StrictBool = False  # with processes: normalize by statistics of the whole batch, as one does
 
     @field_validator("processes")
     @classmethod
@@ -177,7 +185,7 @@ class ProfileLayers(Networks, Hardware, Images):
     """02: how alike the teacher's layers are."""
 
     layers: list[Name] = []  # candidate layers by module path; empty = derived from the network
-    before_activation: bool = False  # take block outputs before their last activation
+    before_activation: StrictBool = False  # take block outputs before their last activation
     probe_images: _whole(8, 10_000_000) = 200
     pooling_grid: Count = 1  # side of the grid of cells that a map is averaged over; 1 = the mean of the whole map
     similarity_metrics: Names = ["r2_cca", "linear_cka", "rbf_cka"]

@@ -1,6 +1,8 @@
 """Images in, batches out: every random draw is pinned by its arguments, and both sources of a data set agree."""
 
+import io
 import os
+import re
 import struct
 import urllib.error
 import zlib
@@ -638,6 +640,34 @@ def test_a_class_name_that_is_not_utf8_is_text_all_the_same(tmp_path):
     assert "caf\\xe9" in message_of(error).encode().decode()
 
 
+@pytest.mark.parametrize("table", ["1.png\tb\n2.png\ta\n", "file,label\n1.png,b\n", "gone.png\tc\n"])
+def test_a_table_of_classes_that_are_folders_or_of_no_file_that_is_there_is_passed_over_and_counted(
+    tmp_path, caplog, table
+):
+    for name in ("train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png", "val/b/2.png"):
+        put(tmp_path / name)
+    (tmp_path / "val" / "val_annotations.txt").write_text(table)
+    assert load_images("image_folder", tmp_path, image_size=8)["test"].labels.tolist() == [0, 1, 1]
+    assert "1 passed over (1 val_annotations.txt, as folders are the classes)" in caplog.text
+
+
+def test_two_classes_of_one_name_as_text_are_refused(tmp_path):
+    for name in (b"\xe9", b"\\xe9"):
+        os.makedirs(os.fsencode(tmp_path) + b"/train/" + name)
+    (tmp_path / "test").mkdir()
+    with pytest.raises(ValueError) as error:
+        load_images("image_folder", tmp_path, image_size=8)
+    assert r"train holds 2 classes whose name as text is \xe9: rename one" in message_of(error)
+
+
+def test_a_class_name_of_two_lines_is_one_line(tmp_path):
+    put(tmp_path / "test" / "a\nb" / "1.png")
+    (tmp_path / "train" / "a\nb").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError) as error:
+        load_images("image_folder", tmp_path, image_size=8)
+    assert r"train/a\nb holds no images" in message_of(error)
+
+
 @pytest.mark.parametrize("suffix", ["jfif", "JPE", "jp2", "avif", "webp", "pbm", "tif"])
 def test_a_format_that_pillow_reads_is_read_by_any_suffix_of_it(tmp_path, suffix):
     if Image.registered_extensions().get(f".{suffix.lower()}") not in Image.SAVE:
@@ -669,6 +699,16 @@ def png_of_16_bits(color, channels):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + ends
 
 
+def said_to_be_deep(suffix, before, byte):
+    """A file of 8 bits whose header says more: what Pillow cannot write. byte: what follows `before` in the header."""
+    if f".{suffix}" not in Image.registered_extensions():
+        return b""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, Image.registered_extensions()[f".{suffix}"])
+    content = file.getvalue().replace(b"\x03\x08\x08\x08", b"\x03\x0a\x0a\x0a")  # AVIF says it twice
+    return re.sub(b"(" + before + b").", lambda found: found[1] + byte, content, count=1, flags=re.DOTALL)
+
+
 @pytest.mark.parametrize(
     ("suffix", "content"),
     [
@@ -680,10 +720,16 @@ def png_of_16_bits(color, channels):
         ("png", png_of_16_bits(2, 3)),
         ("png", png_of_16_bits(4, 2)),
         ("png", png_of_16_bits(6, 4)),
+        ("ppm", b"P6 8 8 4095\n" + bytes(8 * 8 * 3 * 2)),
+        ("ppm", b"P3 8 8 256\n" + b"9 " * 8 * 8 * 3),
+        ("jp2", said_to_be_deep("jp2", rb"\xff\x4f\xff\x51.{38}", b"\x0b")),
+        ("avif", said_to_be_deep("avif", rb"av1C..", b"\x4c")),
     ],
-    ids=["16 bits png", "16 bits tif", "32 bits", "float", "16 bits pgm", "rgb", "gray and alpha", "rgba"],
+    ids="16 bits png,16 bits tif,32 bits,float,16 bits pgm,rgb,gray and alpha,rgba,ppm,plain ppm,jp2,avif".split(","),
 )
 def test_more_than_eight_bits_a_channel_are_refused_in_memory_and_on_disk(tmp_path, suffix, content):
+    if isinstance(content, bytes) and not content:
+        pytest.skip("this Pillow was built without it")
     for split in ("train", "test"):
         path = tmp_path / split / "a" / f"1.{suffix}"
         path.parent.mkdir(parents=True)
@@ -717,6 +763,8 @@ def test_what_is_transparent_lies_on_white_and_what_is_turned_stands_upright_and
         f"images of {tmp_path}: of 14, 2 first of several frames, 4 transparent, laid on white, "
         "4 turned upright by their EXIF data"
     )
+    load_images("image_folder", tmp_path, image_size=8)  # from the cache
+    assert [again.getMessage() for again in caplog.records] == [record.getMessage()] * 2
     assert (in_memory[0, :, :, 4:] == 255).all() and (in_memory[0, :, :, :4] == 100).all()
     assert (in_memory[1] == 100).all() and (in_memory[5, :, 0, 0] == 255).all()
     expected = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
@@ -830,7 +878,7 @@ def test_a_damaged_cache_is_decoded_again(tmp_path, own_home, decoded, damage, c
     content = bytearray(cache.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "other arrays":
-        np.savez(cache, train=np.zeros((1, 3, 8, 8), np.uint8), test=np.zeros((1, 3, 8, 8), np.uint8))
+        np.savez(cache, changed=[], **dict.fromkeys(("train", "test"), np.zeros((1, 3, 8, 8), np.uint8)))
     else:
         cache.write_bytes({"cut": content[:500], "one bit": content, "empty": b""}[damage])
     assert digests(load_images("image_folder", folder, image_size=8)) == first
