@@ -85,6 +85,11 @@ def in_one_form(
         if not isinstance(learner, nn.Module) or not hasattr(learner, "losses"):
             kind = type(learner).__name__
             raise TypeError(f"learner {name!r} is a {kind}: pass Supervised(network), or Distilled(network, ...)")
+    owners: dict[nn.Parameter, str] = {}
+    for name, learner in learners.items():
+        for weight in filter(lambda weight: weight.requires_grad, learner.parameters()):
+            if (owner := owners.setdefault(weight, name)) != name:
+                raise ValueError(f"learners {owner!r} and {name!r} would train the same weights: copy the network")
     batches = as_source(batches, device_of(next(iter(learners.values()))))
     validation = None if validation is None else as_source(validation, batches.device)
     if any(isinstance(source, LoaderBatches) for source in (batches, validation)) and parallel.size() > 1:

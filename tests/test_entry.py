@@ -188,6 +188,13 @@ def test_several_processes_do_not_train_on_a_data_loader(monkeypatch):
         fit({"a": Supervised(net())}, loader(), ONCE)
 
 
+@pytest.mark.parametrize("again", [lambda learner: learner, lambda learner: Supervised(learner.model)])
+def test_learners_that_share_weights_are_refused(again):
+    learner = Supervised(net())
+    with pytest.raises(ValueError, match="'a' and 'b' would train the same weights"):
+        fit({"a": learner, "b": again(learner)}, batches(), ONCE)
+
+
 def test_learners_without_names_are_refused():
     with pytest.raises(TypeError, match="must have names"):
         fit(Supervised(net()), batches(), ONCE)
