@@ -180,7 +180,8 @@ def fit(
 
     batches, validation: `data.Batches`, `folders.FolderBatches`, or a DataLoader of images and labels, see
     `entry.LoaderBatches` for what is then repeated and what is not. teacher: a `FrozenTeacher`, or what has its
-    `observe`; of any other network a frozen copy is made. Before anything is trained, all learners try the first batch.
+    `observe`; of any other network a frozen copy is made. Before anything is trained, all learners try the
+    first batch of both.
 
     checkpoint: a file that is rewritten after each epoch and taken up by the next call with the same learners, or with
     some of them; it is removed by the caller, when the results are safe. on_epoch(epoch, rows) is called after each
