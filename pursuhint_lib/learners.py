@@ -24,7 +24,7 @@ from pursuhint_lib.hints import HintPair
 from pursuhint_lib.logit_losses import LOGIT_LOSSES
 from pursuhint_lib.losses import cls_loss
 from pursuhint_lib.methods import METHODS, HintMethod, Shape
-from pursuhint_lib.reading import logits_of
+from pursuhint_lib.reading import form, logits_of
 
 
 @contextlib.contextmanager
@@ -269,6 +269,12 @@ class Distilled(nn.Module):
                 continue
             student = [features[self.pairs[number].student_layer] for number in numbers]
             teacher = [observation.features[feature_key(self.pairs[number])] for number in numbers]
+            for number, feature in zip(numbers * 2, student + teacher, strict=True):
+                if feature.ndim != 4 and not adapter.any_form:
+                    pair = f"{self.pairs[number].teacher_layer} -> {self.pairs[number].student_layer}"
+                    raise ValueError(
+                        f"hint {self.methods[number]!r} needs maps (B, C, H, W), and {pair} has {form(feature)}"
+                    )
             own = adapter(student, teacher, batch) if adapter.joint else [adapter(student[0], teacher[0], batch)]
             hints |= zip(numbers, own, strict=True)
         return logits, cls, logit_term, hints

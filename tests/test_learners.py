@@ -527,6 +527,19 @@ def test_a_hint_of_nothing_or_of_an_impossible_weight_is_refused(pairs, weight, 
         Hint("at", [HintPair("a", "b")] * pairs, weight, redrawn)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_and_vectors_are_refused_where_a_hint_needs_maps(method):
+    student, frozen, _, batch, _ = scene()
+    tables = {f"{who}_table": layer_table(frozen.model, ["head"], SHAPE) for who in ("teacher", "student")}
+    learner = distilled(student, tables, [Hint(method, [HintPair("head", "head")], 1.0)], labels=batch.labels)
+    seen = FrozenTeacher(frozen.model, ["head"]).observe(batch.images)
+    if method == "sp":
+        assert learner.losses(batch, seen)["loss"].isfinite()
+    else:
+        with pytest.raises(ValueError, match=rf"'{method}' needs maps .*, and head -> head has float32 \(5, 3\)"):
+            learner.losses(batch, seen, progress=0.0 if method == "ab" else 1.0)  # ab has a pre-stage only
+
+
 def test_pairs_that_are_plain_tuples_are_refused():
     with pytest.raises(TypeError, match=r"hint 'at': \('first', 'second'\) must be a HintPair"):
         Hint("at", [("first", "second")], 1.0)
