@@ -11,7 +11,7 @@ from pursuhint_lib import parallel
 from pursuhint_lib.data import Batch, BatchSource, Part, seeded_generator
 from pursuhint_lib.features import FrozenTeacher, Observation
 from pursuhint_lib.learners import state_kept
-from pursuhint_lib.reading import images_of, in_one_line, labels_of
+from pursuhint_lib.reading import images_of, in_one_line, labels_of, logits_of
 
 
 class LoaderBatches(BatchSource):
@@ -24,12 +24,14 @@ class LoaderBatches(BatchSource):
     processes that persist, and whatever draws from another source than torch, go their own way. Then passes differ from
     one training to the next, and a training that is taken up again does not end with the bits of one in one go.
 
-    classes: labels must lie below it. Reading raises TypeError or ValueError, one line.
+    training: after larger batches one of a single image is then dropped, as in `data.Batches`, because batch
+    normalization cannot train on it. classes: labels must lie below it. Reading raises TypeError or ValueError, one
+    line.
     """
 
     classes: float = float("inf")
 
-    def __init__(self, loader: Any, device: torch.device) -> None:
+    def __init__(self, loader: Any, device: torch.device, training: bool = False) -> None:
         try:
             self._length = len(loader)
         except TypeError:
@@ -37,7 +39,7 @@ class LoaderBatches(BatchSource):
                 f"batches are a {type(loader).__name__} without a length: pass data.Batches, folders.FolderBatches, "
                 "or a DataLoader of a data set that has one"
             ) from None
-        self.loader, self.device = loader, device
+        self.loader, self.device, self.training = loader, device, training
         self.seed = torch.initial_seed() % 2**32
 
     def __len__(self) -> int:
@@ -48,7 +50,7 @@ class LoaderBatches(BatchSource):
 
     def epoch(self, epoch: int, part: Part | None = None) -> Iterator[Batch]:
         """See `BatchSource.epoch`; there are no parts, as only one process can train on these."""
-        state, batches = seeded_generator("loader", self.seed, epoch).get_state(), None
+        state, batches, largest = seeded_generator("loader", self.seed, epoch).get_state(), None, 0
         while True:
             with torch.random.fork_rng(devices=[]):  # not around the yield: others draw meanwhile
                 torch.set_rng_state(state)
@@ -60,12 +62,15 @@ class LoaderBatches(BatchSource):
             images, labels = images_of(batch), labels_of(batch)
             if labels.numel() and labels.max() >= self.classes:
                 raise ValueError(f"a label is {int(labels.max())}, and classes 0 to {self.classes - 1} are known")
+            largest = max(largest, len(images))
+            if self.training and len(images) == 1 < largest:
+                continue
             yield Batch(images.to(self.device), labels.to(self.device), None)
 
 
-def as_source(batches: Any, device: torch.device) -> BatchSource:
+def as_source(batches: Any, device: torch.device, training: bool = False) -> BatchSource:
     """The batches, with passes that can be counted; those of a DataLoader are brought to the device."""
-    return batches if isinstance(batches, BatchSource) else LoaderBatches(batches, device)
+    return batches if isinstance(batches, BatchSource) else LoaderBatches(batches, device, training)
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -85,7 +90,12 @@ def in_one_form(
         if not isinstance(learner, nn.Module) or not hasattr(learner, "losses"):
             kind = type(learner).__name__
             raise TypeError(f"learner {name!r} is a {kind}: pass Supervised(network), or Distilled(network, ...)")
-    batches = as_source(batches, device_of(next(iter(learners.values()))))
+    owners: dict[nn.Parameter, str] = {}
+    for name, learner in learners.items():
+        for weight in filter(lambda weight: weight.requires_grad, learner.parameters()):
+            if (owner := owners.setdefault(weight, name)) != name:
+                raise ValueError(f"learners {owner!r} and {name!r} would train the same weights: copy the network")
+    batches = as_source(batches, device_of(next(iter(learners.values()))), training=True)
     validation = None if validation is None else as_source(validation, batches.device)
     if any(isinstance(source, LoaderBatches) for source in (batches, validation)) and parallel.size() > 1:
         raise TypeError("several processes train on data.Batches or folders.FolderBatches, not on a DataLoader")
@@ -116,7 +126,8 @@ def try_first_batch(
     validation: BatchSource | None,
     teacher: Any,
 ) -> None:
-    """Take the losses of all learners on the first batch, as in training, and leave them as they were.
+    """Take the losses of all learners on the first batch, as in training, and the logits of their networks on the first
+    one of validation, and leave them as they were.
 
     Raises ValueError, one line, where this fails, or where labels and logits do not fit together.
     """
@@ -146,3 +157,11 @@ def try_first_batch(
             next(source.epoch(0), None)
         elif source is not None and (largest := int(source.image_set.labels.max())) >= known[name]:
             raise ValueError(f"learner {name!r} knows classes 0 to {known[name] - 1}, and a label is {largest}")
+    if validation is not None:
+        tested = next(validation.epoch(0), None)
+        if tested is None:
+            raise ValueError("validation gives no batch")
+        for name in known:
+            who, learner = f"learner {name!r}, in validation,", learners[name]
+            with in_one_line(who, tested.images), state_kept(learner), torch.no_grad():
+                logits_of(learner.model.eval()(tested.images))

@@ -356,31 +356,42 @@ def _channel_axis(path: Sequence[nn.Module], shape: torch.Size) -> int | None:
     `channel_axis`, that is the answer. Else the first of them whose parts tell: convolutions have their channels first,
     LayerNorm and Linear last, and the axis that is as wide as one of them is theirs. Should both axes be, convolutions
     count before Linear layers, of which a squeeze-and-excitation on (B, C, H, W) has some, and for maps before
-    LayerNorms, of which a ConvNeXt block has one; and LayerNorms before Linear layers, as in an MLP-Mixer. Of maps
-    nobody tells anything of the channels are first, as in all of torch; of (B, C, L) or (B, T, D) it is unknown.
+    LayerNorms, of which a ConvNeXt block has one; and LayerNorms before Linear layers, as in an MLP-Mixer. Recurrent
+    layers count as LayerNorms do; a Linear layer alone may as well mix the positions of a (B, C, L) whose C is that of
+    a convolution anywhere in the model: unknown. Of maps nobody tells anything of the channels are first, as in all of
+    torch; of (B, C, L) or (B, T, D) it is unknown.
     """
     for module in path:
         if hasattr(module, "channel_axis"):
             return module.channel_axis
     second, end, space = shape[0], shape[-1], len(shape) - 1
+    of_model = _convolved(path[-1], space)
     for module in path:
         parts = list(module.modules())
-        convolutions = [part for part in parts if isinstance(part, nn.modules.conv._ConvNd)]
         linear = [part for part in parts if isinstance(part, nn.Linear)]
         # By attribute, for RMSNorm; and LayerNorm2d inherits from LayerNorm, but has its channels first.
         norms = [part for part in parts if hasattr(part, "normalized_shape") and "2d" not in type(part).__name__]
-        alike = [part for part in convolutions if len(part.kernel_size) == space]
-        first = {width for part in alike for width in (part.in_channels, part.out_channels)}
+        first = _convolved(module, space)
         normalized = {part.normalized_shape[-1] for part in norms}
+        for part in parts:
+            if isinstance(part, nn.RNNBase) and space == 1:
+                normalized |= {part.input_size, (part.proj_size or part.hidden_size) * (1 + part.bidirectional)}
         last = normalized | {width for part in linear for width in (part.in_features, part.out_features)}
         if second in first:
             if space > 1 or end not in normalized:
                 return 1
         elif end in (normalized if second in last else last):
-            return -1
+            return None if space == 1 and second in of_model and end not in normalized else -1
     if space == 1 and end in last and not first:  # of the whole model: nothing in it has channels first
         return -1
     return 1 if space > 1 else None
+
+
+def _convolved(module: nn.Module, space: int) -> set[int]:
+    """How many channels the module's convolutions over so many axes take and return."""
+    convolutions = (part for part in module.modules() if isinstance(part, nn.modules.conv._ConvNd))
+    alike = [part for part in convolutions if len(part.kernel_size) == space]
+    return {width for part in alike for width in (part.in_channels, part.out_channels)}
 
 
 def _channels_first(layer: str, feature: Tensor, axis: int | None) -> Tensor:

@@ -24,7 +24,7 @@ from pursuhint_lib.hints import HintPair
 from pursuhint_lib.logit_losses import LOGIT_LOSSES
 from pursuhint_lib.losses import cls_loss
 from pursuhint_lib.methods import METHODS, HintMethod, Shape
-from pursuhint_lib.reading import logits_of
+from pursuhint_lib.reading import form, logits_of
 
 
 @contextlib.contextmanager
@@ -68,7 +68,8 @@ class Hint:
 
     redrawn: 0 lets all pairs teach at every step. M > 0 draws anew at every step: the pairs are then every layer of a
     pool with each of M student layers, pool layer major; M layers of the pool are drawn, and the i-th of them in the
-    pool's order teaches the i-th student layer. Raises ValueError for pairs that cannot be this.
+    pool's order teaches the i-th student layer. Raises ValueError for no pairs, pairs that cannot be
+    this, and a `weight` or `redrawn` that is below 0 or not finite.
     """
 
     method: str
@@ -80,6 +81,11 @@ class Hint:
         for pair in self.pairs:
             if not isinstance(pair, HintPair):
                 raise TypeError(f"hint {self.method!r}: {pair!r} must be a HintPair(teacher_layer, student_layer)")
+        if not self.pairs or not 0 <= self.weight < math.inf or self.redrawn < 0:
+            raise ValueError(
+                f"hint {self.method!r} needs one pair or more, a finite weight of 0 or more and redrawn of 0 or more, "
+                f"not {len(self.pairs)}, {self.weight} and {self.redrawn}"
+            )
         if self.redrawn and (len(self.pairs) % self.redrawn or len(self.pairs) < self.redrawn**2):
             raise ValueError(
                 f"hint {self.method!r}: {len(self.pairs)} pairs are not {self.redrawn} student layers with each layer "
@@ -112,9 +118,9 @@ class Distilled(nn.Module):
     `teacher_layers` names the features that `losses` needs of the observation, see `feature_key`. `silent` says, if it
     is not empty, why this learner is not worth training (see `check_hints`).
 
-    Raises ValueError for an unknown method or logit loss, a weight below 0, a temperature that is not above, where
-    nothing would teach, for a pair whose layer is in neither table, and for a redrawn hint of a method that joins all
-    its pairs.
+    Raises ValueError for an unknown method or logit loss, a weight below 0, a temperature that is not above, one of
+    these that is not finite, where nothing would teach, for a pair whose layer is in neither table, and for a redrawn
+    hint of a method that joins all its pairs.
     """
 
     needs_teacher = True
@@ -139,9 +145,11 @@ class Distilled(nn.Module):
         super().__init__()
         if logit_loss not in LOGIT_LOSSES:
             raise ValueError(f"unknown logit loss {logit_loss!r} (allowed: {', '.join(LOGIT_LOSSES)})")
-        if min(ce_weight, logit_weight) < 0 or not temperature > 0:
+        if not (0 <= ce_weight < math.inf and 0 <= logit_weight < math.inf and 0 < temperature < math.inf):
             found = f"{ce_weight}, {logit_weight} and {temperature}"
-            raise ValueError(f"ce_weight and logit_weight must be 0 or more, temperature above 0, not {found}")
+            raise ValueError(
+                f"ce_weight and logit_weight must be 0 or more, temperature above 0, all finite, not {found}"
+            )
         if ce_weight == logit_weight == 0 and not hints:
             raise ValueError("ce_weight and logit_weight are 0 and there are no hints: nothing teaches")
         self.model = model
@@ -261,6 +269,12 @@ class Distilled(nn.Module):
                 continue
             student = [features[self.pairs[number].student_layer] for number in numbers]
             teacher = [observation.features[feature_key(self.pairs[number])] for number in numbers]
+            for number, feature in zip(numbers * 2, student + teacher, strict=True):
+                if feature.ndim != 4 and not adapter.any_form:
+                    pair = f"{self.pairs[number].teacher_layer} -> {self.pairs[number].student_layer}"
+                    raise ValueError(
+                        f"hint {self.methods[number]!r} needs maps (B, C, H, W), and {pair} has {form(feature)}"
+                    )
             own = adapter(student, teacher, batch) if adapter.joint else [adapter(student[0], teacher[0], batch)]
             hints |= zip(numbers, own, strict=True)
         return logits, cls, logit_term, hints

@@ -52,6 +52,7 @@ class HintMethod(nn.Module):
     joint: built for all pairs of a hint at once, as the pairs depend on each other; see `ReviewKD`, the only one.
     warm_up: part of the training during which the weight should rise linearly from 0.
     pre_stage: part of the training that comes before the main part; see `ActivationBoundaries`, `FactorTransfer`.
+    any_form: takes tokens and vectors as well as maps.
     one_process: cannot be trained by several processes together, see `parallel`. Methods that relate the images of a
     batch to each other (sp, cc, rkd, pkt) then see each process's part of it only.
     """
@@ -60,6 +61,7 @@ class HintMethod(nn.Module):
     joint = False
     warm_up = 0.0
     pre_stage = 0.0
+    any_form = False
     one_process = False
 
     def __init__(self, student_shape: Shape, teacher_shape: Shape, labels: Tensor):
@@ -169,6 +171,7 @@ class SimilarityPreserving(HintMethod):
     """SP: images that are alike for the teacher should be alike for the student. No parameters; maps as they are."""
 
     published_weight = 3000.0
+    any_form = True
 
     def forward(self, student_feature: Tensor, teacher_feature: Tensor, batch: Batch) -> Tensor:
         return sp_loss(student_feature, teacher_feature)

@@ -103,7 +103,7 @@ def _opened(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
         return dict(entries), []
     states = [name for name, entry in entries.items() if _is_state(entry)]
     if len(states) != 1:
-        found = f"holds several state_dicts ({', '.join(states)})" if states else "is not a state_dict"
+        found = f"holds several state_dicts ({', '.join(map(str, states))})" if states else "is not a state_dict"
         raise ValueError(f"{path} {found}: save model.state_dict() and nothing else")
     return dict(entries[states[0]]), [f"{states[0]} taken of its entries {', '.join(map(str, entries))}"]
 

@@ -44,7 +44,7 @@ class Schedule:
     name: "fast" is one cycle (linear warm-up over the first quarter to `learning_rate`, then a half cosine to zero,
     set at every step); "paper" multiplies by 0.1 at 62.5, 75 and 87.5 % of the epochs (150, 180, 210 of 240),
     "imagenet" at 30, 60 and 90 % (He et al. 2016, arXiv 1512.03385, as torchvision's residual networks were trained).
-    Raises ValueError for another name, or less than one epoch.
+    Raises ValueError for another name, epochs that are no whole number above 0, and rates that make no sense.
     """
 
     name: str
@@ -56,8 +56,14 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.name not in ("fast", *_DROPS):
             raise ValueError(f"schedule {self.name!r} is unknown (allowed: fast, {', '.join(_DROPS)})")
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be 1 or more, not {self.epochs}")
+        if type(self.epochs) is not int or self.epochs < 1:
+            raise ValueError(f"epochs must be a whole number, 1 or more, not {self.epochs!r}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be finite and above 0, not {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be 0 or more and below 1, not {self.momentum}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be finite and 0 or more, not {self.weight_decay}")
 
     def learning_rate_at(self, progress: float) -> float:
         """Learning rate when the fraction `progress` in [0, 1) of the training is done."""
@@ -174,7 +180,8 @@ def fit(
 
     batches, validation: `data.Batches`, `folders.FolderBatches`, or a DataLoader of images and labels, see
     `entry.LoaderBatches` for what is then repeated and what is not. teacher: a `FrozenTeacher`, or what has its
-    `observe`; of any other network a frozen copy is made. Before anything is trained, all learners try the first batch.
+    `observe`; of any other network a frozen copy is made. Before anything is trained, all learners try the
+    first batch of both.
 
     checkpoint: a file that is rewritten after each epoch and taken up by the next call with the same learners, or with
     some of them; it is removed by the caller, when the results are safe. on_epoch(epoch, rows) is called after each
@@ -195,6 +202,8 @@ def fit(
     Raises TypeError or ValueError, one line, for learners, batches and a teacher that do not go together, ValueError
     for a damaged checkpoint or one of other learners, and what `parallel.losses_of` raises.
     """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule is a {type(schedule).__name__}: pass Schedule(name, epochs, learning_rate)")
     batches, validation, teacher = in_one_form(learners, batches, validation, teacher)
     together = parallel.size() > 1
     device = batches.device

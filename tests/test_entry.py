@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from pursuhint_lib.data import Batches, ImageSet
 from pursuhint_lib.entry import LoaderBatches
@@ -137,6 +137,18 @@ def test_networks_that_return_more_than_logits_teach_learn_and_are_tested(wrap, 
     assert wrapped[0].equals(plain[0]) and wrapped[1] == plain[1]
 
 
+def test_a_last_batch_of_one_image_is_tested_and_not_trained_on():
+    class Vectors(Net):
+        def forward(self, x):
+            return self.head(self.norm(self.first(x).mean((2, 3))))
+
+    network = Vectors()
+    network.norm = nn.BatchNorm1d(4)
+    source = DataLoader(Subset(Noisy(), range(9)), 8)
+    history = fit({"a": Supervised(network)}, source, ONCE, validation=source)
+    assert history["status"].tolist() == ["trained"] and len(predict(network, source)[1]) == 9
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         return iter(Noisy())
@@ -162,6 +174,12 @@ def of(labels):
         (lambda: Supervised(net(classes=1)), {"batches": of(0)}, "learner 'a' knows one class only"),
         (lambda: Supervised(net().requires_grad_(False)), {}, "none of its parameters can learn"),
         (lambda: Supervised(net()), {"batches": []}, "batches give no batch"),
+        (lambda: Supervised(net()), {"validation": []}, "validation gives no batch"),
+        (
+            lambda: Supervised(net()),
+            {"validation": [(torch.zeros(2, 3, 6, 6), torch.zeros(2, dtype=torch.int64))]},
+            "in validation, fails on images float32 (2, 3, 6, 6)",
+        ),
         (lambda: Supervised(net()), {"batches": iter([])}, "without a length"),
         (lambda: Supervised(net()), {"batches": DataLoader(Endless(), 8)}, "a DataLoader without a length"),
         (lambda: Supervised(net()), {"batches": TensorDataset(torch.zeros(8, 1, 6, 6))}, "which has no labels"),
@@ -186,6 +204,13 @@ def test_several_processes_do_not_train_on_a_data_loader(monkeypatch):
     monkeypatch.setattr("pursuhint_lib.parallel.size", lambda: 2)
     with pytest.raises(TypeError, match=r"several processes train on data\.Batches"):
         fit({"a": Supervised(net())}, loader(), ONCE)
+
+
+@pytest.mark.parametrize("again", [lambda learner: learner, lambda learner: Supervised(learner.model)])
+def test_learners_that_share_weights_are_refused(again):
+    learner = Supervised(net())
+    with pytest.raises(ValueError, match="'a' and 'b' would train the same weights"):
+        fit({"a": learner, "b": again(learner)}, batches(), ONCE)
 
 
 def test_learners_without_names_are_refused():

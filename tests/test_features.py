@@ -484,6 +484,36 @@ def test_a_part_without_weights_has_its_channels_where_the_layers_around_it_have
     assert shapes == [(2, 8, 16, 8), (2, 8, 16, 8), (2, 32, 16, 8)], "also of a permutation and a GELU"
 
 
+class Recurrent(nn.Module):
+    """Signals (B, 3, L) through a convolution, and on as (B, L, 6) and (B, L, 10)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.drop = nn.Conv1d(3, 6, 1), nn.Dropout()
+        self.rnn = nn.GRU(6, 5, batch_first=True, bidirectional=True)
+
+    def forward(self, x):
+        return self.drop(self.rnn(self.conv(x).transpose(1, 2))[0])
+
+
+@pytest.mark.parametrize("length", [50, 6, 3])  # 6 and 3: as many positions as channels of the convolution
+def test_what_a_recurrent_layer_returns_has_its_channels_last(length):
+    model, signals = Recurrent().eval(), torch.randn(4, 3, length)
+    _, features = FeatureExtractor(model, ["conv", "rnn"])(signals)
+    assert features["conv"].shape == (4, 6, 1, length) and features["rnn"].shape == (4, length, 10)
+    if length == 50:
+        assert FeatureExtractor(model, ["drop"])(signals)[1]["drop"].shape == (4, 50, 10)
+    else:
+        with pytest.raises(ValueError, match="drop: .*which axis holds the channels is not known"):
+            FeatureExtractor(model, ["drop"])(signals)
+
+
+def test_a_linear_layer_over_the_positions_of_a_signal_is_not_taken_for_one_over_channels():
+    model = nn.Sequential(nn.Conv1d(3, 8, 1), nn.Linear(20, 20))
+    with pytest.raises(ValueError, match="1: .*which axis holds the channels is not known"):
+        FeatureExtractor(model, ["1"])(torch.randn(4, 3, 20))
+
+
 def test_where_nobody_tells_which_axis_holds_the_channels_the_user_is_asked():
     model, signals = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(48, 2)), torch.randn(3, 6, 8)
     for said in (None, 2):

@@ -506,14 +506,38 @@ def test_a_term_of_weight_zero_is_shown_and_no_part_of_the_loss():
     ("changed", "says"),
     [
         ({"ce_weight": 0.0, "logit_weight": 0.0}, "nothing teaches"),
-        ({"ce_weight": -1.0}, "0 or more, temperature above 0, not -1.0, 0.7 and 4.0"),
+        ({"ce_weight": -1.0}, "0 or more, temperature above 0, all finite, not -1.0, 0.7 and 4.0"),
         ({"temperature": 0.0}, "not 0.3, 0.7 and 0.0"),
+        ({"ce_weight": float("nan")}, "all finite, not nan, 0.7 and 4.0"),
+        ({"logit_weight": float("nan")}, "not 0.3, nan and 4.0"),
+        ({"temperature": float("inf")}, "not 0.3, 0.7 and inf"),
     ],
 )
 def test_a_student_that_nothing_would_teach_is_refused(changed, says):
     student, _, tables, _, _ = scene()
     with pytest.raises(ValueError, match=says):
         distilled(student, tables, [], **changed)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "weight", "redrawn"), [(0, 1.0, 0), (1, -1.0, 0), (1, float("nan"), 0), (1, 1.0, -1)]
+)
+def test_a_hint_of_nothing_or_of_an_impossible_weight_is_refused(pairs, weight, redrawn):
+    with pytest.raises(ValueError, match=f"hint 'at' needs one pair or more, .*not {pairs}, {weight} and {redrawn}"):
+        Hint("at", [HintPair("a", "b")] * pairs, weight, redrawn)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_and_vectors_are_refused_where_a_hint_needs_maps(method):
+    student, frozen, _, batch, _ = scene()
+    tables = {f"{who}_table": layer_table(frozen.model, ["head"], SHAPE) for who in ("teacher", "student")}
+    learner = distilled(student, tables, [Hint(method, [HintPair("head", "head")], 1.0)], labels=batch.labels)
+    seen = FrozenTeacher(frozen.model, ["head"]).observe(batch.images)
+    if method == "sp":
+        assert learner.losses(batch, seen)["loss"].isfinite()
+    else:
+        with pytest.raises(ValueError, match=rf"'{method}' needs maps .*, and head -> head has float32 \(5, 3\)"):
+            learner.losses(batch, seen, progress=0.0 if method == "ab" else 1.0)  # ab has a pre-stage only
 
 
 def test_pairs_that_are_plain_tuples_are_refused():

@@ -724,6 +724,19 @@ def test_facts_may_be_numpys_numbers(tmp_path):
     assert found == {"accuracy": 0.5, "epochs": 3, "done": True}
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
+def test_a_wrapped_network_is_saved_without_its_wrapper(wrap, tmp_path):
+    model = trained()
+    again, _ = load_model(save_model(wrap(model), tmp_path / "m.safetensors"))
+    assert state_hash(again) == state_hash(model)
+
+
+@pytest.mark.parametrize(("model", "says"), [("resnet8", "str cannot be"), (nn.LazyLinear(2), "weight is lazy")])
+def test_what_is_no_network_yet_is_not_saved(model, says, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=says):
+        save_model(model, tmp_path / "m.safetensors")
+
+
 class WithExtraState(nn.Linear):
     def get_extra_state(self):
         return {"version": 1}

@@ -49,6 +49,15 @@ def test_weights_from_before_batch_norm_counted_are_taken(home, theirs):
     assert state_hash(load_weights(network(), "old.pth")) == state_hash(theirs)
 
 
+def converted(dtype):
+    return {name: tensor.to(dtype) for name, tensor in network().state_dict().items()}
+
+
+def test_weights_that_were_halved_as_a_whole_are_taken(home):
+    torch.save(converted(torch.half), home / "half.pth")
+    assert load_weights(network(), "half.pth").conv1.weight.dtype == torch.float32
+
+
 def under(prefix, state):
     return {f"{prefix}{name}": tensor for name, tensor in state.items()}
 
@@ -122,6 +131,9 @@ class Code:
         (lambda: network(4).state_dict(), r"fc.weight is \(4, 512\) there, \(5, 512\) in the model"),
         (lambda: {"state_dict": {}, "epoch": 3}, "is not a state_dict"),
         (lambda: dict.fromkeys(["model", "ema"], network().state_dict()), r"several state_dicts \(model, ema\)"),
+        (lambda: dict.fromkeys([0, 1], network().state_dict()), r"several state_dicts \(0, 1\)"),
+        (lambda: converted(torch.int8), "conv1.weight is torch.int8 there, torch.float32 in the model"),
+        (lambda: converted(torch.complex64), "conv1.weight is torch.complex64 there, torch.float32 in the model"),
         (lambda: {"fc.weight": Code()}, "weights alone"),
         (network, "weights alone"),
         (b"", "is not a whole file of weights"),

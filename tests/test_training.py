@@ -330,16 +330,27 @@ def test_the_schedules_are_one_cycle_and_steps_and_use_no_best_epoch():
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "says"),
+    ("changed", "says"),
     [
-        ("papper", 3, "schedule 'papper' is unknown (allowed: fast, paper, imagenet)"),
-        ("fast", 0, "epochs must be 1 or more, not 0"),
+        ({"name": "papper"}, "schedule 'papper' is unknown (allowed: fast, paper, imagenet)"),
+        ({"epochs": 0}, "epochs must be a whole number, 1 or more, not 0"),
+        ({"epochs": 2.5}, "epochs must be a whole number, 1 or more, not 2.5"),
+        ({"epochs": True}, "epochs must be a whole number, 1 or more, not True"),
+        ({"learning_rate": 0.0}, "learning_rate must be finite and above 0, not 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be finite and above 0, not nan"),
+        ({"momentum": 1.0}, "momentum must be 0 or more and below 1, not 1.0"),
+        ({"weight_decay": math.nan}, "weight_decay must be finite and 0 or more, not nan"),
     ],
 )
-def test_a_misspelt_or_empty_schedule_is_refused(name, epochs, says):
+def test_a_misspelt_or_senseless_schedule_is_refused(changed, says):
     with pytest.raises(ValueError) as error:
-        Schedule(name, epochs, 0.05)
+        Schedule(**{"name": "fast", "epochs": 3, "learning_rate": 0.05} | changed)
     assert str(error.value) == says
+
+
+def test_the_name_of_a_schedule_is_none():
+    with pytest.raises(TypeError, match="schedule is a str: pass Schedule"):
+        fit(arms(names=("alone",)), batches(), "fast")
 
 
 def test_predict_is_in_order_in_eval_mode_and_puts_the_mode_back():

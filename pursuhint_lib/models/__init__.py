@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pursuhint_lib.errors import first_line
+from pursuhint_lib.features import check_model
 from pursuhint_lib.models.candidates import candidate_layers
 from pursuhint_lib.models.mobilenet_cifar import MOBILENETS
 from pursuhint_lib.models.resnet_cifar import RESNETS
@@ -83,8 +84,13 @@ def save_model(model: nn.Module, path: Path, **facts: Any) -> Path:
 
     facts: whatever JSON can hold (seed, epochs, accuracy), NumPy's numbers included. Equal models and facts give equal
     bytes.
-    Raises TypeError, one line, for other facts, and for a model whose state holds more than tensors.
+    A network that torch.compile or DataParallel wraps is written without its wrapper.
+    Raises TypeError, one line, for other facts, and for a model whose state holds more than tensors; and what
+    `check_model` raises.
     """
+    check_model(model)
+    while "_orig_mod" in model._modules or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        (model,) = model.children()
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):  # a quantized module's packed weights, what get_extra_state returns
@@ -141,12 +147,19 @@ def load_model(path: Path, model: nn.Module | None = None) -> tuple[nn.Module, d
 
 
 def check_fit(model: nn.Module, state: dict[str, Tensor], path: Path | str) -> None:
-    """Raise ValueError naming the first entry in which the model and the state read from `path` differ."""
+    """Raise ValueError naming the first entry in which the model and the state read from `path` differ: in its shape,
+    or as numbers that are whole or complex in one and floating-point in the other.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):
             kind, there, here = type(model).__name__, found.get(name, "nothing"), expected.get(name, "nothing")
+            raise ValueError(f"{path} does not fit {kind}: {name} is {there} there, {here} in the model")
+    for name, tensor in model.state_dict().items():
+        counts = name.endswith("num_batches_tracked")  # which a file that was converted as a whole holds as floats
+        if tensor.is_floating_point() != state[name].is_floating_point() and not counts:
+            there, here, kind = state[name].dtype, tensor.dtype, type(model).__name__
             raise ValueError(f"{path} does not fit {kind}: {name} is {there} there, {here} in the model")
 
 
